@@ -1,0 +1,8 @@
+"""Lightning Attention as CuPy raw kernels, for NumPy, CuPy and torch arrays."""
+
+from . import reference
+from .api import lightning_attention
+from .conventions import slopes
+
+__all__ = ["lightning_attention", "reference", "slopes"]
+__version__ = "0.1.0"
