@@ -1,0 +1,252 @@
+"""Adapters: whose array, where its elements are, on which device and stream; results in the caller's kind.
+
+NumPy, CuPy and torch arrays are read directly; anything else comes through DLPack. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from . import _environment
+
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# DLPack device types whose memory the host can read, and those that kernels can.
+_DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Where the elements of somebody's array are."""
+
+    owner: Any  # the array; keeps the memory alive
+    kind: str  # "numpy", "cupy", "torch" or "dlpack"
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    dtype: str
+    device: int | None  # CUDA ordinal; None is the host
+    pointer: int
+    writable: bool = True
+
+    @property
+    def place(self) -> str:
+        """The device in words, for messages."""
+        return "the CPU" if self.device is None else f"CUDA device {self.device}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return ITEMSIZES[self.dtype]
+
+    def with_axes(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> View:
+        """Return the same elements under other axes."""
+        return dataclasses.replace(self, shape=shape, strides=strides)
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return NumPy's dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def _library(array: Any) -> str:
+    return next((base.__module__.partition(".")[0] for base in type(array).__mro__[:-1]), "")
+
+
+def kind_of(array: Any) -> str | None:
+    """Return "numpy", "cupy", "torch", "dlpack", or None for what is no array. Imports nothing."""
+    if isinstance(array, np.ndarray):
+        return None if isinstance(array, np.ma.MaskedArray) else "numpy"
+    for library, type_name in (("torch", "Tensor"), ("cupy", "ndarray")):
+        module = sys.modules.get(library)
+        if module is not None and isinstance(array, getattr(module, type_name, ())):
+            return library
+    return "dlpack" if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__") else None
+
+
+def view(name: str, array: Any, stream: int | None = None) -> View:
+    """Borrow an array.
+
+    Parameters
+    ----------
+    name
+        The argument's name, for messages.
+    array
+        What the caller passed.
+    stream
+        Where the elements will be used, for CUDA arrays of a library whose stream that is not: DLPack orders
+        the two. None is CuPy's current stream.
+
+    Raises
+    ------
+    TypeError
+        When it is no array, or one whose elements cannot be reached.
+    ValueError
+        When it is a torch tensor that requires grad while gradients are being recorded.
+    """
+    kind = kind_of(array)
+    if kind == "numpy":
+        return _view_numpy(array)
+    if kind == "cupy":
+        return _view_cupy(name, array)
+    if kind == "torch":
+        from . import torch
+
+        return torch.view(name, array)
+    if kind == "dlpack":
+        return _view_dlpack(name, array, stream)
+    raise TypeError(f"{name} must be a NumPy, CuPy or torch array, or export DLPack, but got {type(array).__name__}")
+
+
+def _view_numpy(array: np.ndarray[Any, Any]) -> View:
+    # NOTE: byte strides need not be multiples of the itemsize; host arrays are read by NumPy, never by stride here.
+    strides = tuple(stride // max(array.itemsize, 1) for stride in array.strides)
+    return View(array, "numpy", array.shape, strides, array.dtype.name, None, array.ctypes.data, array.flags.writeable)
+
+
+def _view_cupy(name: str, array: Any) -> View:
+    if any(stride % array.itemsize for stride in array.strides) or array.data.ptr % array.itemsize:
+        raise TypeError(f"{name} has byte strides {array.strides}, but whole elements of {array.itemsize} are wanted")
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return View(array, "cupy", array.shape, strides, array.dtype.name, array.device.id, array.data.ptr)
+
+
+def _namespace(array: Any) -> ModuleType | Any | None:
+    """The library of a DLPack producer, if it can take arrays back."""
+    if hasattr(array, "__array_namespace__"):
+        namespace = array.__array_namespace__()
+    else:
+        namespace = sys.modules.get(_library(array))
+    return namespace if hasattr(namespace, "from_dlpack") else None
+
+
+def _view_dlpack(name: str, array: Any, stream: int | None) -> View:
+    if _namespace(array) is None:
+        raise TypeError(f"{name} is a {type(array).__name__}, whose library has no from_dlpack to give results back")
+    device_type, device_id = array.__dlpack_device__()
+    if device_type in _DLPACK_HOST:
+        try:
+            borrowed = _view_numpy(np.from_dlpack(array))
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(f"{name} is a {type(array).__name__} that NumPy cannot borrow: {error}") from error
+    elif device_type in _DLPACK_CUDA:
+        _environment.require_cuda(f"{name} is on CUDA device {device_id}")
+        import cupy
+
+        with cupy.cuda.Device(device_id), stream_context(stream):
+            borrowed = _view_cupy(name, cupy.from_dlpack(array))
+    else:
+        raise TypeError(f"{name} is on DLPack device type {device_type}, but the CPU (1) or CUDA (2) is wanted")
+    return dataclasses.replace(borrowed, owner=(array, borrowed.owner), kind="dlpack")
+
+
+def ordered(name: str, borrowed: View, stream: int) -> View:
+    """Return a CUDA view whose earlier work, on its own library's current stream, `stream` waits for."""
+    import cupy
+
+    owner = borrowed.owner[0] if borrowed.kind == "dlpack" else borrowed.owner
+    with cupy.cuda.Device(borrowed.device), stream_context(stream):
+        array = cupy.from_dlpack(owner)
+    return dataclasses.replace(_view_cupy(name, array), owner=(owner, array), kind=borrowed.kind)
+
+
+class StreamHandle:
+    """A stream that somebody else owns, as launches (`ptr`) and the CUDA stream protocol ask for it."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.ptr
+
+
+def stream_context(stream: int | None) -> Any:
+    """Return a context in which `stream` is CuPy's current one; None leaves it as it is."""
+    import cupy
+
+    if stream is None:
+        return cupy.cuda.get_current_stream()
+    return cupy.cuda.Stream.from_external(StreamHandle(stream))
+
+
+def stream_of(borrowed: View) -> int:
+    """Return the current stream, as a number, of the library that owns a CUDA array, on the array's device."""
+    if borrowed.kind == "torch":
+        from . import torch
+
+        return torch.current_stream(borrowed)
+    import cupy
+
+    with cupy.cuda.Device(borrowed.device):
+        return int(cupy.cuda.get_current_stream().ptr)
+
+
+def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
+    """Allocate a contiguous array of `like`'s kind, on its device, by its library (CuPy's for other producers)."""
+    if like.kind == "torch":
+        from . import torch
+
+        return torch.empty(like, shape, dtype)
+    if like.device is None:
+        return _view_numpy(np.empty(shape, dtype_of(dtype)))
+    import cupy
+
+    with cupy.cuda.Device(like.device):
+        return _view_cupy("out", cupy.empty(shape, dtype_of(dtype)))
+
+
+def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
+    """Return a host array as NumPy's, sharing its memory; bfloat16 is ml_dtypes'."""
+    if borrowed.kind == "torch":
+        from . import torch
+
+        return torch.as_numpy(borrowed)
+    array = borrowed.owner[1] if borrowed.kind == "dlpack" else borrowed.owner
+    return array  # type: ignore[no-any-return]
+
+
+def give_back(result: View, like: View) -> Any:
+    """Return an array made by `empty` as one of the caller's library."""
+    if like.kind == "dlpack":
+        owner = like.owner[0]
+        return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
+    return result.owner
+
+
+class _AddressRange:
+    """Shape and strides without memory, for `numpy.shares_memory`, which only looks at addresses."""
+
+    def __init__(self, borrowed: View) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{borrowed.itemsize}",
+            "data": (borrowed.pointer, True),
+            "shape": borrowed.shape,
+            "strides": tuple(stride * borrowed.itemsize for stride in borrowed.strides),
+        }
+
+
+def overlap(a: View, b: View) -> bool:
+    """Whether two arrays share an element; yes where that would take long to find out."""
+    if 0 in a.shape or 0 in b.shape:
+        return False
+    try:
+        return bool(np.shares_memory(np.asarray(_AddressRange(a)), np.asarray(_AddressRange(b)), max_work=100_000))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(a: View) -> bool:
+    """Whether two indices may mean the same element, as in a broadcast view."""
+    reach = 0
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

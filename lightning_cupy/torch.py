@@ -1,0 +1,71 @@
+"""The adapter for torch tensors: the only module that imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from ._arrays import View
+
+_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def view(name: str, tensor: torch.Tensor) -> View:
+    """Borrow a dense tensor on the CPU or a CUDA device.
+
+    Raises
+    ------
+    TypeError
+        When it is sparse, or on another kind of device.
+    ValueError
+        When it requires grad while gradients are being recorded.
+    """
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but lightning_attention computes no gradients yet: "
+            f"pass {name}.detach(), or call it under torch.no_grad()"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, but a dense tensor (torch.strided) is wanted")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{name} is on device {tensor.device}, but the CPU or a CUDA device is wanted")
+    if tensor.is_neg():
+        raise TypeError(f"{name} is a lazily negated view: pass {name}.resolve_neg()")
+    return View(
+        tensor,
+        "torch",
+        tuple(tensor.shape),
+        tensor.stride(),
+        _NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch."),
+        tensor.device.index if tensor.is_cuda else None,
+        tensor.data_ptr(),
+    )
+
+
+def current_stream(borrowed: View) -> int:
+    """Return torch's current stream on the tensor's device."""
+    return int(torch.cuda.current_stream(borrowed.device).cuda_stream)
+
+
+def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
+    """Allocate a tensor on the device of `like`."""
+    return view("out", torch.empty(shape, dtype=_DTYPES[dtype], device=like.owner.device))
+
+
+def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
+    """Return a CPU tensor as a NumPy array that shares its memory."""
+    tensor = borrowed.owner.detach()
+    if tensor.dtype == torch.bfloat16:
+        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array

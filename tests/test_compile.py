@@ -1,0 +1,222 @@
+"""Every plan of every kernel compiles for every architecture without spills, and the cache keeps its promises."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lightning_cupy import _compile, forward
+
+pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Plans that may spill, each with its reason.
+ACCEPTED_SPILLS: dict[tuple, str] = {}
+
+
+def all_plans() -> list[forward.ForwardPlan | forward.ScanPlan]:
+    """Every plan that a call can ask for."""
+    passes = ({}, {"outputs": False}, {"causal": False})
+    plans = {
+        forward.plan_for(dtype, head_dim, arch, **options)
+        for dtype, head_dim, arch, options in itertools.product(DTYPES, range(1, 257), ARCHS, passes)
+    }
+    scans = [forward.ScanPlan(accum, arch) for accum, arch in itertools.product(("float", "double"), ARCHS)]
+    return sorted(plans, key=repr) + scans
+
+
+def compile_plan(plan: forward.ForwardPlan | forward.ScanPlan) -> tuple[str, int]:
+    """Return the log and the size of the cubin."""
+    cubin, log = _compile.compile_cubin(plan.file, plan.constants, plan.compute_capability)
+    return log, len(cubin)
+
+
+def spilled_bytes(log: str) -> list[int]:
+    """Spill stores, spill loads and stack frame of each kernel in a log of ptxas."""
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return [int(number) for kernel in found for number in kernel]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Logs of all plans, compiled in as many processes as there are cores."""
+    plans = all_plans()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        return dict(zip(plans, pool.map(compile_plan, plans, chunksize=4), strict=True))
+
+
+def test_every_plan_compiles_without_spills(compiled):
+    spills = {plan: spilled_bytes(log) for plan, (log, _) in compiled.items() if plan not in ACCEPTED_SPILLS}
+    assert all(spills.values()), "a log without ptxas' report"
+    assert {plan: numbers for plan, numbers in spills.items() if any(numbers)} == {}
+
+
+def test_every_plan_fits_its_architecture(compiled):
+    for plan in compiled:
+        if isinstance(plan, forward.ForwardPlan):
+            limit = {75: 64, 80: 163, 90: 227, 100: 227}.get(plan.compute_capability, 99)
+            assert plan.smem_bytes <= limit * 1024, plan
+            assert plan.num_threads <= 1024, plan
+
+
+def test_spills_are_seen():
+    log = "f\nptxas . 16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+    assert spilled_bytes(log) == [16, 8, 4]
+
+
+def test_compile_error_names_file_and_line():
+    plan = forward.plan_for("float32", 64, 80)
+    constants = tuple((name, 1 if name == "SMEM_BYTES" else value) for name, value in plan.constants)
+    with pytest.raises(RuntimeError, match=r"forward_float\.cu(.|\n)*smem_bytes is smaller than Shared"):
+        _compile.compile_cubin(plan.file, constants, 80)
+
+
+def test_unknown_architecture_is_named():
+    plan = forward.ScanPlan("float", 80)
+    with pytest.raises(RuntimeError, match="sm_60"):
+        _compile.compile_cubin(plan.file, plan.constants, 60)
+
+
+SCAN = forward.ScanPlan("float", 80)
+
+
+def cubin_path() -> Path | bytes:
+    return _compile.cubin_path(SCAN.file, SCAN.constants, SCAN.compute_capability)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LIGHTNING_CUPY_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def count_compiles(monkeypatch) -> list:
+    calls = []
+    original = _compile.compile_cubin
+    monkeypatch.setattr(_compile, "compile_cubin", lambda *args: calls.append(args) or original(*args))
+    return calls
+
+
+def test_cache_is_used(cache, count_compiles):
+    first, second = cubin_path(), cubin_path()
+    assert first == second
+    assert first.parent == cache
+    assert first.read_bytes()[:4] == b"\x7fELF"
+    assert len(count_compiles) == 1
+    assert _compile.cached_files() == [first]
+
+
+def test_cache_says_what_it_compiles_when_asked(cache, monkeypatch, capsys):
+    monkeypatch.setenv("LIGHTNING_CUPY_VERBOSE", "1")
+    cubin_path()
+    assert "compiling scan.cu for sm_80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF truncated", b"something else"])
+def test_corrupt_file_is_compiled_over(cache, count_compiles, content):
+    path = cubin_path()
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    assert cubin_path() == path
+    assert path.read_bytes() == whole
+    assert len(count_compiles) == 2
+
+
+def test_unwritable_folder_warns_once_and_compiles(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LIGHTNING_CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.warns(RuntimeWarning, match="LIGHTNING_CUPY_CACHE_DIR"):
+        assert cubin_path()[:4] == b"\x7fELF"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cubin_path()[:4] == b"\x7fELF"
+
+
+def test_cubin_without_a_cache_stands_in_a_file_while_it_is_loaded():
+    with _compile._as_file(b"cubin") as path:
+        assert path.read_bytes() == b"cubin"
+    assert not path.exists()
+
+
+def test_failed_write_leaves_nothing(cache, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(RuntimeWarning, match="disk full"):
+        assert isinstance(cubin_path(), bytes)
+    assert list(cache.iterdir()) == []
+
+
+def test_clear_deletes_only_kernels(cache):
+    path = cubin_path()
+    size = path.stat().st_size
+    (cache / "notes.txt").write_text("mine")
+    assert _compile.clear_cache() == (1, size)
+    assert [left.name for left in cache.iterdir()] == ["notes.txt"]
+
+
+def test_changed_header_is_compiled_anew(cache, tmp_path, monkeypatch, count_compiles):
+    sources = tmp_path / "kernels_cu"
+    sources.mkdir()
+    for path in _compile.kernels_dir().iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    before = cubin_path()
+    monkeypatch.setattr(_compile, "kernels_dir", lambda: sources)
+    assert cubin_path() == before, "the same sources elsewhere have the same key"
+    with open(sources / "tile.cuh", "a") as header:
+        header.write("// changed\n")
+    _compile._sources_digest.cache_clear()
+    after = cubin_path()
+    assert after.name.split("-")[1] != before.name.split("-")[1]
+    assert len(count_compiles) == 2
+
+
+def test_two_processes_at_once(cache):
+    code = (
+        "from lightning_cupy import _compile, forward; plan = forward.ScanPlan('float', 80);"
+        "print(_compile.cubin_path(plan.file, plan.constants, plan.compute_capability))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    paths = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    assert paths == {str(path) for path in cache.iterdir()}, "one file, and no temporary one left"
+
+
+def test_threads_load_a_kernel_once(monkeypatch):
+    loads = []
+    started = threading.Barrier(8)
+
+    def load(*args):
+        loads.append(args)
+        return object()
+
+    monkeypatch.setattr(_compile, "_load", load)
+    monkeypatch.setattr(_compile, "_kernels", {})
+
+    def ask(_):
+        started.wait()
+        return _compile.kernel("scan.cu", "scan", SCAN.constants, 0, 0)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        kernels = set(pool.map(ask, range(8)))
+    assert len(loads) == len(kernels) == 1
