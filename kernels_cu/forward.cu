@@ -52,31 +52,34 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
   return x;
 }
 
-template <int kCount>
-__device__ __forceinline__ uint32_t largest_bits(const uint16_t* tile) {
+template <int kCols, int kPitch>
+__device__ __forceinline__ uint32_t largest_bits(const uint16_t (&tile)[kChunk][kPitch]) {
   uint32_t largest = 0;
-  for (int idx = threadIdx.x; idx < kCount; idx += kThreads) largest = max(largest, tile[idx] & 0x7fffu);
+#pragma unroll 1
+  for (int idx = threadIdx.x; idx < kChunk * kCols; idx += kThreads) {
+    largest = max(largest, tile[idx / kCols][idx % kCols] & 0x7fffu);
+  }
   return warp_max(largest);
 }
 
-template <int kCount>
-__device__ __forceinline__ void to_float16(uint16_t* tile, float factor) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(tile);
-  for (int idx = threadIdx.x; idx < kCount / 2; idx += kThreads) {
-    float2 pair = unpack<true>(pairs[idx]);
-    pairs[idx] = pack<false>(pair.x * factor, pair.y * factor);
+template <int kCols, int kPitch>
+__device__ __forceinline__ void to_float16(uint16_t (&tile)[kChunk][kPitch], float factor) {
+#pragma unroll 1
+  for (int idx = threadIdx.x; idx < kChunk * kCols / 2; idx += kThreads) {
+    uint32_t& packed = *reinterpret_cast<uint32_t*>(&tile[2 * idx / kCols][2 * idx % kCols]);
+    float2 pair = unpack<true>(packed);
+    packed = pack<false>(pair.x * factor, pair.y * factor);
   }
 }
 
 // bfloat16 tiles to float16 ones in place, with a power of two for each tile: exact for all elements that are at
-// least 2^-30 of the tile's largest. The padding columns travel along: the tile's zeros reach them too.
-__device__ __forceinline__ Units convert_tiles(Shared& shared, bool with_q, bool with_kv) {
-  constexpr int kQkCount = kChunk * kQkPitch, kVCount = kChunk * kVPitch;
+// least 2^-30 of the tile's largest.
+__device__ __forceinline__ Units convert_tiles(Shared& shared) {
   constexpr int kLeast = 101;  // 2^-26: keeps the product of two units, by which the state is divided, above 2^-80
   int warp = threadIdx.x / 32;
-  uint32_t largest[3] = {with_q ? largest_bits<kQkCount>(&shared.q[0][0][0]) : 0,
-                         with_kv ? largest_bits<kQkCount>(&shared.k[0][0][0]) : 0,
-                         with_kv ? largest_bits<kVCount>(&shared.v[0][0][0]) : 0};
+  uint32_t largest[3] = {kOutputs ? largest_bits<kQkDim>(shared.q[0]) : 0,
+                         kCausal ? largest_bits<kQkDim>(shared.k[0]) : 0,
+                         kCausal ? largest_bits<kVBlock>(shared.v[0]) : 0};
   int exponents[3];
   for (int i = 0; i < 3; i++) shared.tile_max[i][warp] = largest[i];
   __syncthreads();
@@ -85,9 +88,9 @@ __device__ __forceinline__ Units convert_tiles(Shared& shared, bool with_q, bool
     for (int other = 0; other < kWarps; other++) bits = max(bits, shared.tile_max[i][other]);
     exponents[i] = max(static_cast<int>(bits >> 7), kLeast);
   }
-  if (with_q) to_float16<kQkCount>(&shared.q[0][0][0], to_unit(exponents[0]));
-  if (with_kv) to_float16<kQkCount>(&shared.k[0][0][0], to_unit(exponents[1]));
-  if (with_kv) to_float16<kVCount>(&shared.v[0][0][0], to_unit(exponents[2]));
+  if (kOutputs) to_float16<kQkDim>(shared.q[0], to_unit(exponents[0]));
+  if (kCausal) to_float16<kQkDim>(shared.k[0], to_unit(exponents[1]));
+  if (kCausal) to_float16<kVBlock>(shared.v[0], to_unit(exponents[2]));
   __syncthreads();
   return {from_unit(exponents[0]), from_unit(exponents[1]), from_unit(exponents[2])};
 }
@@ -103,11 +106,10 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
     ldmatrix_x4(q, &shared.q[stage][warp * 16 + lane % 16][qk_tile * 16 + lane / 16 * 8]);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; tile++) {
-      if (tile <= warp) {
-        ldmatrix_x4(k, &shared.k[stage][tile * 16 + lane % 8 + lane / 16 * 8][qk_tile * 16 + lane / 8 % 2 * 8]);
-        mma_16x8x16<kBfloat16Operands>(p[2 * tile], q, k[0], k[1]);
-        mma_16x8x16<kBfloat16Operands>(p[2 * tile + 1], q, k[2], k[3]);
-      }
+      // NOTE: also above the diagonal. Branches here cost more than the products they save.
+      ldmatrix_x4(k, &shared.k[stage][tile * 16 + lane % 8 + lane / 16 * 8][qk_tile * 16 + lane / 8 % 2 * 8]);
+      mma_16x8x16<kBfloat16Operands>(p[2 * tile], q, k[0], k[1]);
+      mma_16x8x16<kBfloat16Operands>(p[2 * tile + 1], q, k[2], k[3]);
     }
   }
   // decay^(i-j) = decay^(i-i0) decay^(i0-j) in front of the diagonal tile, with i0 its first row: both exponents
@@ -116,16 +118,25 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
   float largest[2] = {0, 0};
 #pragma unroll
   for (int tile = 0; tile < 2 * kRowTiles; tile++) {
-    if (tile / 2 <= warp) {
+    if (tile / 2 < warp) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        int row = warp * 16 + lane / 4 + i / 2 * 8, col = tile * 8 + lane % 4 * 2 + i % 2;
-        if (tile / 2 < warp) {
-          p[tile][i] *= row_decay[i / 2] * shared.decay[warp * 16 - col];
-        } else {
-          p[tile][i] = row >= col ? p[tile][i] * scale * shared.decay[row - col] : 0;
-        }
-        largest[i / 2] = fmaxf(largest[i / 2], fabsf(p[tile][i]));
+        p[tile][i] *= row_decay[i / 2] * shared.decay[warp * 16 - (tile * 8 + lane % 4 * 2 + i % 2)];
+      }
+    } else if (tile / 2 == warp) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int distance = lane / 4 + i / 2 * 8 - (tile % 2 * 8 + lane % 4 * 2 + i % 2);
+        p[tile][i] = distance >= 0 ? p[tile][i] * scale * shared.decay[max(distance, 0)] : 0;
+      }
+    }
+  }
+  if constexpr (!kBfloat16Operands) {
+#pragma unroll
+    for (int tile = 0; tile < 2 * kRowTiles; tile++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (tile / 2 <= warp) largest[i / 2] = fmaxf(largest[i / 2], fabsf(p[tile][i]));
       }
     }
   }
@@ -181,14 +192,24 @@ __device__ __forceinline__ float inter_block(Outputs& o, const Shared& shared, i
       float2 rounded = unpack<kBfloat16Operands>(high[i]);
       low[i] = pack<kBfloat16Operands>(exact.x - rounded.x, exact.y - rounded.y);
     }
+    // Two row tiles at a time: four products pass between one and the next into the same accumulator.
 #pragma unroll
-    for (int row_tile = 0; row_tile < kRowTiles; row_tile++) {
-      uint32_t q[4];
-      ldmatrix_x4(q, &shared.q[stage][row_tile * 16 + lane % 16][tile * 16 + lane / 16 * 8]);
-      mma_16x8x16<kBfloat16Operands>(o[row_tile][0], q, high[0], high[1]);
-      mma_16x8x16<kBfloat16Operands>(o[row_tile][1], q, high[2], high[3]);
-      mma_16x8x16<kBfloat16Operands>(o[row_tile][0], q, low[0], low[1]);
-      mma_16x8x16<kBfloat16Operands>(o[row_tile][1], q, low[2], low[3]);
+    for (int first = 0; first < kRowTiles; first += 2) {
+      uint32_t q[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        ldmatrix_x4(q[i], &shared.q[stage][(first + i) * 16 + lane % 16][tile * 16 + lane / 16 * 8]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        mma_16x8x16<kBfloat16Operands>(o[first + i][0], q[i], high[0], high[1]);
+        mma_16x8x16<kBfloat16Operands>(o[first + i][1], q[i], high[2], high[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        mma_16x8x16<kBfloat16Operands>(o[first + i][0], q[i], low[0], low[1]);
+        mma_16x8x16<kBfloat16Operands>(o[first + i][1], q[i], low[2], low[3]);
+      }
     }
   }
   return unit;
@@ -262,29 +283,29 @@ __device__ __forceinline__ void update_state(State& state, const Shared& shared,
   }
 }
 
+// `o` is where the tile begins; num_tokens and num_cols are what there is of it.
 __device__ __forceinline__ void store_outputs(const Args<float>& args, uint16_t* o, const Outputs& outputs,
                                               int num_tokens, int num_cols) {
-  int lane = threadIdx.x % 32;
+  int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
+  int64_t row_stride = args.o_strides.token, col_stride = args.o_vectorized ? 1 : args.o_strides.dim;
+  o += row * row_stride + col * col_stride;
 #pragma unroll
-  for (int row_tile = 0; row_tile < kRowTiles; row_tile++) {
+  for (int rows = 0; rows < 2 * kRowTiles; rows++) {
+    if (row + rows * 8 < num_tokens) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int row = row_tile * 16 + lane / 4 + half * 8;
-      if (row < num_tokens) {
-        uint16_t* o_row = o + row * args.o_strides.token;
-#pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-          int col = tile * 8 + lane % 4 * 2;
-          uint32_t pair = pack<kBfloat16>(outputs[row_tile][tile][2 * half], outputs[row_tile][tile][2 * half + 1]);
-          if (args.o_vectorized) {
-            if (col < num_cols) *reinterpret_cast<uint32_t*>(o_row + col) = pair;
-          } else {
-            if (col < num_cols) o_row[col * args.o_strides.dim] = pair & 0xffff;
-            if (col + 1 < num_cols) o_row[(col + 1) * args.o_strides.dim] = pair >> 16;
-          }
+      for (int tile = 0; tile < 2; tile++) {
+        const float* pair = &outputs[rows / 2][tile][rows % 2 * 2];
+        uint32_t packed = pack<kBfloat16>(pair[0], pair[1]);
+        uint16_t* to = o + tile * 8 * col_stride;
+        if (args.o_vectorized) {
+          if (tile * 8 + col < num_cols) *reinterpret_cast<uint32_t*>(to) = packed;
+        } else {
+          if (tile * 8 + col < num_cols) to[0] = packed & 0xffff;
+          if (tile * 8 + col + 1 < num_cols) to[col_stride] = packed >> 16;
         }
       }
     }
+    o += 8 * row_stride;
   }
 }
 
@@ -300,11 +321,12 @@ __device__ __forceinline__ void forward_of(const Args<float>& args, Shared& shar
   bool has_state = kOutputs && (!kCausal || work.segment_idx > 0 || args.initial_state != nullptr);
   State state = {};
   if (has_state) {
+    StateView<float> entry = entry_state<kCausal>(args, work);
 #pragma unroll
     for (int tile = 0; tile < 2 * kQkTiles; tile++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        state[tile][i] = entry_state<kCausal>(args, work, tile * 8 + lane % 4 * 2 + i % 2, first_v + lane / 4 + i / 2 * 8);
+        state[tile][i] = entry(tile * 8 + lane % 4 * 2 + i % 2, warp * kSlab + lane / 4 + i / 2 * 8);
       }
     }
   }
@@ -342,7 +364,7 @@ __device__ __forceinline__ void forward_of(const Args<float>& args, Shared& shar
     if (kStages == 2 && chunk_idx + 1 < num_chunks) load(chunk_idx + 1, 1 - stage);
 
     Units units;
-    if constexpr (kConvert) units = convert_tiles(shared, kOutputs, kCausal);
+    if constexpr (kConvert) units = convert_tiles(shared);
     int num_tokens = min(static_cast<int64_t>(kChunk), work.num_tokens - chunk_idx * kChunk);
     float scale = static_cast<float>(args.scale) * units.q;
     Outputs o = {};

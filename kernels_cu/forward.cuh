@@ -68,24 +68,37 @@ __device__ __forceinline__ Element* at(Element* array, const Strides& strides, c
   return array + work.batch_idx * strides.batch + token_idx * strides.token + work.head_idx * strides.head;
 }
 
+// A state in memory, or null for zeros.
 template <class Accum>
-__device__ __forceinline__ int64_t state_index(const Args<Accum>& args, int64_t state_idx, int k_idx, int v_idx) {
-  return (state_idx * args.qk_dim + k_idx) * args.v_dim + v_idx;
-}
+struct StateView {
+  const Accum* first;
+  int64_t qk_stride, v_stride;
+  int num_qk, num_v;
+
+  __device__ __forceinline__ Accum operator()(int k_idx, int v_idx) const {
+    bool exists = first != nullptr && k_idx < num_qk && v_idx < num_v;
+    return exists ? first[k_idx * qk_stride + v_idx * v_stride] : Accum(0);
+  }
+};
 
 // The state that a block starts from: in front of its segment, or for non-causal outputs behind all of them.
 template <bool kCausal, class Accum>
-__device__ __forceinline__ Accum entry_state(const Args<Accum>& args, const Work& work, int k_idx, int v_idx) {
-  if (k_idx >= args.qk_dim || v_idx >= args.v_dim) return 0;
+__device__ __forceinline__ StateView<Accum> entry_state(const Args<Accum>& args, const Work& work) {
   int64_t head = work.batch_idx * args.num_heads + work.head_idx;
-  if (!kCausal) return args.final_state[state_index(args, head, k_idx, v_idx)];
-  if (args.num_segments > 1) {
-    return args.segment_states[state_index(args, head * args.num_segments + work.segment_idx, k_idx, v_idx)];
+  int64_t state_size = static_cast<int64_t>(args.qk_dim) * args.v_dim;
+  StateView<Accum> state = {nullptr, args.v_dim, 1, args.qk_dim, args.v_dim - work.first_v};
+  if (!kCausal) {
+    state.first = args.final_state + head * state_size + work.first_v;
+  } else if (args.num_segments > 1) {
+    state.first = args.segment_states + (head * args.num_segments + work.segment_idx) * state_size + work.first_v;
+  } else if (args.initial_state != nullptr) {
+    const StateStrides& strides = args.initial_strides;
+    state.first = args.initial_state + work.batch_idx * strides.batch + work.head_idx * strides.head +
+                  work.first_v * strides.v_dim;
+    state.qk_stride = strides.qk_dim;
+    state.v_stride = strides.v_dim;
   }
-  if (args.initial_state == nullptr) return 0;
-  const StateStrides& strides = args.initial_strides;
-  return args.initial_state[work.batch_idx * strides.batch + work.head_idx * strides.head + k_idx * strides.qk_dim +
-                            v_idx * strides.v_dim];
+  return state;
 }
 
 // Where a block leaves its state: u_s for the scan, or the final state of the only segment.

@@ -127,9 +127,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
   for (int i = threadIdx.x; i <= kChunk; i += kThreads) {
     shared.decay[i] = sizeof(Real) == 8 ? exp(-slope * i) : expf(static_cast<float>(-slope * i));
   }
+  StateView<Real> entry = entry_state<kCausal>(args, work);
   for (int idx = threadIdx.x; idx < kQkDim * kVBlock; idx += kThreads) {
     int k_idx = idx / kVBlock, v_idx = idx % kVBlock;
-    shared.state[k_idx][v_idx] = kOutputs ? entry_state<kCausal>(args, work, k_idx, work.first_v + v_idx) : Real(0);
+    shared.state[k_idx][v_idx] = kOutputs ? entry(k_idx, v_idx) : Real(0);
   }
 
   double decay = exp(-slope * kChunk);

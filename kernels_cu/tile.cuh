@@ -14,15 +14,17 @@ template <int kRows, int kCols, int kPitch, int kThreads, class Element>
 __device__ __forceinline__ void load_tile(Element* tile, const Element* source, int64_t row_stride,
                                           int64_t col_stride, int num_rows, int num_cols, bool vectorized) {
   if (vectorized) {
-    constexpr int kVector = 16 / sizeof(Element), kVectors = kCols / kVector;
-#pragma unroll kAmpere && kCols <= 128 ? 4 : 2  // without cp.async each one in flight holds registers
-    for (int first = 0; first < kRows * kVectors; first += kThreads) {
-      int idx = first + threadIdx.x;
-      int row = idx / kVectors, col = idx % kVectors * kVector;
-      bool valid = row < num_rows && col < num_cols;
-      if (kRows * kVectors % kThreads == 0 || row < kRows) {
-        cp_async_16(&tile[row * kPitch + col], valid ? source + row * row_stride + col : source, valid);
+    // A thread keeps its column, so that the next address is one addition away.
+    constexpr int kVector = 16 / sizeof(Element), kVectors = kCols / kVector, kRowsAtOnce = kThreads / kVectors;
+    int row = threadIdx.x / kVectors, col = threadIdx.x % kVectors * kVector;
+    const Element* from = source + row * row_stride + col;
+    bool is_used = row < kRowsAtOnce, is_inside = col < num_cols;
+#pragma unroll
+    for (int first = 0; first < kRows; first += kRowsAtOnce) {
+      if (is_used && (kRows % kRowsAtOnce == 0 || first + row < kRows)) {
+        cp_async_16(&tile[(first + row) * kPitch + col], from, is_inside && first + row < num_rows);
       }
+      from += kRowsAtOnce * row_stride;
     }
   } else {
     // Neighbouring threads read along whichever axis is closer together in memory.

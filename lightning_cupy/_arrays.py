@@ -5,10 +5,11 @@ NumPy, CuPy and torch arrays are read directly; anything else comes through DLPa
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -54,10 +55,6 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _library(array: Any) -> str:
-    return next((base.__module__.partition(".")[0] for base in type(array).__mro__[:-1]), "")
-
-
 def kind_of(array: Any) -> str | None:
     """Return "numpy", "cupy", "torch", "dlpack", or None for what is no array. Imports nothing."""
     if isinstance(array, np.ndarray):
@@ -69,7 +66,7 @@ def kind_of(array: Any) -> str | None:
     return "dlpack" if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__") else None
 
 
-def view(name: str, array: Any, stream: int | None = None) -> View:
+def view(name: str, array: Any) -> View:
     """Borrow an array.
 
     Parameters
@@ -78,9 +75,6 @@ def view(name: str, array: Any, stream: int | None = None) -> View:
         The argument's name, for messages.
     array
         What the caller passed.
-    stream
-        Where the elements will be used, for CUDA arrays of a library whose stream that is not: DLPack orders
-        the two. None is CuPy's current stream.
 
     Raises
     ------
@@ -91,7 +85,7 @@ def view(name: str, array: Any, stream: int | None = None) -> View:
     """
     kind = kind_of(array)
     if kind == "numpy":
-        return _view_numpy(array)
+        return _view_numpy(np.asarray(array))
     if kind == "cupy":
         return _view_cupy(name, array)
     if kind == "torch":
@@ -99,7 +93,7 @@ def view(name: str, array: Any, stream: int | None = None) -> View:
 
         return torch.view(name, array)
     if kind == "dlpack":
-        return _view_dlpack(name, array, stream)
+        return _view_dlpack(name, array)
     raise TypeError(f"{name} must be a NumPy, CuPy or torch array, or export DLPack, but got {type(array).__name__}")
 
 
@@ -121,38 +115,28 @@ def _namespace(array: Any) -> ModuleType | Any | None:
     if hasattr(array, "__array_namespace__"):
         namespace = array.__array_namespace__()
     else:
-        namespace = sys.modules.get(_library(array))
+        namespace = sys.modules.get(type(array).__module__.partition(".")[0])
     return namespace if hasattr(namespace, "from_dlpack") else None
 
 
-def _view_dlpack(name: str, array: Any, stream: int | None) -> View:
+def _view_dlpack(name: str, array: Any) -> View:
     if _namespace(array) is None:
         raise TypeError(f"{name} is a {type(array).__name__}, whose library has no from_dlpack to give results back")
     device_type, device_id = array.__dlpack_device__()
     if device_type in _DLPACK_HOST:
         try:
             borrowed = _view_numpy(np.from_dlpack(array))
-        except (BufferError, RuntimeError, TypeError) as error:
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{name} is a {type(array).__name__} that NumPy cannot borrow: {error}") from error
     elif device_type in _DLPACK_CUDA:
         _environment.require_cuda(f"{name} is on CUDA device {device_id}")
         import cupy
 
-        with cupy.cuda.Device(device_id), stream_context(stream):
+        with cupy.cuda.Device(device_id):
             borrowed = _view_cupy(name, cupy.from_dlpack(array))
     else:
         raise TypeError(f"{name} is on DLPack device type {device_type}, but the CPU (1) or CUDA (2) is wanted")
     return dataclasses.replace(borrowed, owner=(array, borrowed.owner), kind="dlpack")
-
-
-def ordered(name: str, borrowed: View, stream: int) -> View:
-    """Return a CUDA view whose earlier work, on its own library's current stream, `stream` waits for."""
-    import cupy
-
-    owner = borrowed.owner[0] if borrowed.kind == "dlpack" else borrowed.owner
-    with cupy.cuda.Device(borrowed.device), stream_context(stream):
-        array = cupy.from_dlpack(owner)
-    return dataclasses.replace(_view_cupy(name, array), owner=(owner, array), kind=borrowed.kind)
 
 
 class StreamHandle:
@@ -165,13 +149,37 @@ class StreamHandle:
         return 0, self.ptr
 
 
-def stream_context(stream: int | None) -> Any:
-    """Return a context in which `stream` is CuPy's current one; None leaves it as it is."""
+def lend(name: str, borrowed: View, stream: int) -> View:
+    """Return a CUDA view for work on `stream`, which waits for what its library has queued on its own stream."""
     import cupy
 
-    if stream is None:
-        return cupy.cuda.get_current_stream()
-    return cupy.cuda.Stream.from_external(StreamHandle(stream))
+    owner = borrowed.owner[0] if borrowed.kind == "dlpack" else borrowed.owner
+    with cupy.cuda.Device(borrowed.device), cupy.cuda.Stream.from_external(StreamHandle(stream)):
+        array = cupy.from_dlpack(owner)
+    return dataclasses.replace(_view_cupy(name, array), owner=(owner, array), kind=borrowed.kind)
+
+
+# Arrays of libraries whose streams are unknown, each with the event behind the work that reads it.
+_in_use: collections.deque[tuple[Any, Any]] = collections.deque()
+
+
+def end_loan(borrowed: View, stream: int) -> None:
+    """Keep the memory of a CUDA view from being used anew before the work queued on `stream` is done.
+
+    The streams of CuPy and torch are made to wait. Of another library only the array can be held, until a later
+    call finds the work done.
+    """
+    import cupy
+
+    with cupy.cuda.Device(borrowed.device):
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.Stream.from_external(StreamHandle(stream)))
+        if borrowed.kind == "dlpack":
+            while _in_use and _in_use[0][0].done:
+                _in_use.popleft()
+            _in_use.append((event, borrowed.owner))
+        else:
+            cupy.cuda.Stream.from_external(StreamHandle(stream_of(borrowed))).wait_event(event)
 
 
 def stream_of(borrowed: View) -> int:
@@ -235,14 +243,17 @@ def overlap(a: View, b: View) -> bool:
     """Whether two arrays share an element; yes where that would take long to find out."""
     if 0 in a.shape or 0 in b.shape:
         return False
+    first, second = (as_numpy(x) if x.device is None else np.asarray(_AddressRange(x)) for x in (a, b))
     try:
-        return bool(np.shares_memory(np.asarray(_AddressRange(a)), np.asarray(_AddressRange(b)), max_work=100_000))
+        return bool(np.shares_memory(first, second, max_work=cast(Any, 100_000)))
     except np.exceptions.TooHardError:
         return True
 
 
 def overlaps_itself(a: View) -> bool:
     """Whether two indices may mean the same element, as in a broadcast view."""
+    if 0 in a.shape:
+        return False
     reach = 0
     for stride, size in sorted((abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True)):
         if size > 1:

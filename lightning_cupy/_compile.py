@@ -96,7 +96,8 @@ def compile_cubin(file: str, constants: Constants, compute_capability: int) -> t
     )
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        # NOTE: CuPy leaves out the last byte, as if it ended a string; the driver does not mind, disassemblers do.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         major, minor = nvrtc.getVersion()
         raise RuntimeError(
@@ -146,9 +147,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 @functools.cache
-def _warn_of_unwritable_cache(folder: Path, error: str) -> None:
+def _warn_of_unwritable_cache(folder: Path, reason: str | None) -> None:
     warnings.warn(
-        f"compiled kernels are not kept, since {folder} cannot be written ({error}); "
+        f"compiled kernels are not kept, since {folder} cannot be written ({reason}); "
         "set LIGHTNING_CUPY_CACHE_DIR to a folder that can",
         RuntimeWarning,
         stacklevel=2,
@@ -181,7 +182,7 @@ def cubin_path(file: str, constants: Constants, compute_capability: int) -> Path
     try:
         _write_atomically(path, cubin)
     except OSError as error:
-        _warn_of_unwritable_cache(folder, str(error))
+        _warn_of_unwritable_cache(folder, error.strerror)
         return cubin
     return path
 

@@ -45,7 +45,7 @@ def cuda_problem() -> str | None:
         )
     try:
         import cupy
-    except ImportError as error:
+    except Exception as error:  # an ImportError, or what a binary made for another NumPy raises
         return f"CuPy wanted, got {error!r}; run: {extra()}"
     if int(cupy.__version__.split(".")[0]) < 14:
         return f"CuPy 14 or later wanted, got {cupy.__version__}; run: {extra()}"
@@ -54,11 +54,13 @@ def cuda_problem() -> str | None:
         driver_version, runtime_version = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     except runtime.CUDARuntimeError as error:
         return f"a CUDA driver wanted, got: {error}; install NVIDIA's driver"
-    if 0 < driver_version < runtime_version // 1000 * 1000:
+    if driver_version == 0:
+        return "a CUDA driver wanted, got none; install NVIDIA's driver"
+    if driver_version < runtime_version // 1000 * 1000:
+        older = ", or the extra cuda12x in place of cuda13x" if runtime_version >= 13000 else ""
         return (
             f"a driver for CUDA {runtime_version // 1000} or later wanted, got one for CUDA "
-            f"{driver_version // 1000}.{driver_version % 1000 // 10}; install a newer NVIDIA driver, "
-            "or the extra cuda12x in place of cuda13x"
+            f"{driver_version // 1000}.{driver_version % 1000 // 10}; install a newer NVIDIA driver{older}"
         )
     try:
         if runtime.getDeviceCount() == 0:
@@ -96,6 +98,6 @@ def prefers_gpu() -> bool:
         warnings.warn(
             f'there is a GPU, but lightning_cupy computes on the CPU: {problem}. backend="cpu" silences this.',
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return problem is None

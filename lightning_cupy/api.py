@@ -94,8 +94,9 @@ def lightning_attention(
         Where to write the result, in place; it may have any strides, but must not overlap an input.
     slopes : float or ``[num_heads]`` array or sequence of floats, optional
         Decay rates per token, natural: history is multiplied by ``exp(-slope)`` once a token. None is no decay;
-        negative slopes grow. Host values must be finite; values on a GPU are not looked at, which would make the
-        host wait. See :func:`lightning_cupy.slopes` for those of published models.
+        negative slopes grow. Host values must be finite, and an array of them is copied to the GPU once and kept
+        there; values on a GPU are not looked at, which would make the host wait. See
+        :func:`lightning_cupy.slopes` for those of published models.
     scale : float, optional
         Factor of ``q k^T``; ``1 / sqrt(K)`` by default.
     causal : bool, default True
@@ -140,13 +141,14 @@ def lightning_attention(
     """
     if backend not in ("auto", "cuda", "cpu"):
         raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', but got {backend!r}")
-    views = {"q": _arrays.view("q", q)}
-    stream = _arrays.stream_of(views["q"]) if views["q"].device is not None else None
-    arrays = {"k": k, "v": v, "out": out, "initial_state": initial_state}
-    views |= {name: _arrays.view(name, array, stream) for name, array in arrays.items() if array is not None}
+    arrays = {"q": q, "k": k, "v": v, "out": out, "initial_state": initial_state}
+    optional = ("out", "initial_state")
+    views = {
+        name: _arrays.view(name, array) for name, array in arrays.items() if array is not None or name not in optional
+    }
     _check_arrays(views)
     _check_out(views)
-    decay = _check_slopes(slopes, views["q"], causal, stream)
+    decay = _check_slopes(slopes, views["q"], causal)
     scale = _check_scale(scale, views["q"].shape[-1])
 
     on_host = views["q"].device is None
@@ -156,7 +158,7 @@ def lightning_attention(
         _environment.require_cuda("backend='cuda'" if on_host else f"q is on {views['q'].place}")
     options = _Options(decay, scale, bool(causal), bool(return_state))
     if not on_host:
-        o, state = _on_device(views, stream, options)
+        o, state = _on_device(views, options)
     elif backend == "cuda" or (backend == "auto" and _environment.prefers_gpu()):
         o, state = _through_device(views, options)
     else:
@@ -176,7 +178,7 @@ def _check_arrays(views: dict[str, View]) -> None:
         raise TypeError(f"q must be one of {', '.join(_DTYPES)}, but got {q.dtype}")
     if k.shape != q.shape:
         raise ValueError(f"k has shape {k.shape}, but q has {q.shape}")
-    if v.shape[:-1] != q.shape[:-1] or len(v.shape) != len(q.shape):
+    if v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"v has shape {v.shape}, but {(*q.shape[:-1], 'V')} is wanted to go with q's {q.shape}")
     for name in ("q", "v"):
         head_dim = views[name].shape[-1]
@@ -214,7 +216,7 @@ def _check_out(views: dict[str, View]) -> None:
 
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
-        return head_dim**-0.5
+        return 1 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a real number, but got {type(scale).__name__}")
     if not math.isfinite(scale):
@@ -222,7 +224,7 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check_slopes(slopes: Any, q: View, causal: bool, stream: int | None) -> float | np.ndarray[Any, Any] | View:
+def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any, Any] | View:
     """Return one slope for all heads, a float64 host array, or a view of a device array."""
     if slopes is None:
         return 0.0
@@ -230,7 +232,7 @@ def _check_slopes(slopes: Any, q: View, causal: bool, stream: int | None) -> flo
         raise ValueError("slopes must be None with causal=False: decay needs an order of tokens")
     num_heads = q.shape[-2] if len(q.shape) > 2 else 1
     if _arrays.kind_of(slopes) is not None:
-        borrowed = _arrays.view("slopes", slopes, stream)
+        borrowed = _arrays.view("slopes", slopes)
         if borrowed.device is not None:
             if borrowed.device != q.device:
                 raise ValueError(f"slopes are on {borrowed.place}, but q is on {q.place}")
@@ -240,7 +242,10 @@ def _check_slopes(slopes: Any, q: View, causal: bool, stream: int | None) -> flo
                 raise ValueError(f"slopes must have shape {(num_heads,)}, but got {borrowed.shape}")
             return borrowed
         slopes = _arrays.as_numpy(borrowed)
-    values = np.asarray(slopes)
+    try:
+        values = np.asarray(slopes)
+    except ValueError as error:
+        raise ValueError(f"slopes must be one number or have shape {(num_heads,)}, but got {slopes!r}") from error
     if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
         raise TypeError(f"slopes must be real numbers, but got {values.dtype}")
     values = values.astype(np.float64)
@@ -271,31 +276,35 @@ def _four_axes_of_state(state: View) -> View:
     return state.with_axes((1,) * missing + state.shape, (0,) * missing + state.strides)
 
 
-def _on_device(views: dict[str, View], stream: int | None, options: _Options) -> tuple[View, View | None]:
+def _on_device(views: dict[str, View], options: _Options) -> tuple[View, View | None]:
     q, v = views["q"], views["v"]
-    assert stream is not None
     assert q.device is not None
-    for name in ("k", "v", "initial_state"):
-        if name in views and views[name].kind != q.kind:
-            views[name] = _arrays.ordered(name, views[name], stream)
+    stream = _arrays.stream_of(q)
     slopes = options.slopes
     if isinstance(slopes, np.ndarray):
         slopes = _uploaded_slopes(slopes.tobytes(), q.device)
-    elif isinstance(slopes, View) and slopes.kind != q.kind:
-        slopes = _arrays.ordered("slopes", slopes, stream)
+    elif isinstance(slopes, View):
+        views = views | {"slopes": slopes}
+    # Arrays of other libraries than q's are lent to q's stream.
+    views = views | {name: _arrays.lend(name, array, stream) for name, array in views.items() if array.kind != q.kind}
     o = views["out"] if "out" in views else _arrays.empty(q, v.shape, q.dtype)
     state_dtype = "float64" if q.dtype == "float64" else "float32"
     state = _arrays.empty(q, _state_shape(q, v), state_dtype) if options.return_state else None
     forward.forward(
         _four_axes(o),
-        *(_four_axes(views[name]) for name in ("q", "k", "v")),
-        slopes=slopes,
+        _four_axes(q),
+        _four_axes(views["k"]),
+        _four_axes(views["v"]),
+        slopes=views.get("slopes", slopes),
         scale=options.scale,
         causal=options.causal,
         initial_state=_four_axes_of_state(views["initial_state"]) if "initial_state" in views else None,
         final_state=_four_axes_of_state(state) if state is not None else None,
         stream=stream,
     )
+    for array in views.values():
+        if array.kind != q.kind or array.kind == "dlpack":
+            _arrays.end_loan(array, stream)
     return o, state
 
 
@@ -317,7 +326,7 @@ def _through_device(views: dict[str, View], options: _Options) -> tuple[View, Vi
 
     def upload(array: View) -> View:
         # Bytes travel as they are, so no dtype of NumPy's is unknown to CuPy.
-        contiguous = np.ascontiguousarray(_arrays.as_numpy(array))
+        contiguous = np.ascontiguousarray(_arrays.as_numpy(array), _arrays.dtype_of(array.dtype))
         return _arrays.view("array", cupy.asarray(contiguous.view(f"u{array.itemsize}")).view(contiguous.dtype))
 
     def download(result: View, target: View) -> View:
@@ -325,17 +334,20 @@ def _through_device(views: dict[str, View], options: _Options) -> tuple[View, Vi
         return target
 
     inputs = {name: upload(array) for name, array in views.items() if name != "out"}
-    o, state = _on_device(inputs, _arrays.stream_of(inputs["q"]), options)
+    o, state = _on_device(inputs, options)
     o_target = views["out"] if "out" in views else _arrays.empty(views["q"], o.shape, o.dtype)
     o = download(o, o_target)
     return o, download(state, _arrays.empty(views["q"], state.shape, state.dtype)) if state is not None else None
 
 
 def _on_host(views: dict[str, View], options: _Options) -> tuple[View, View | None]:
-    q, v = views["q"], views["v"]
+    q, k, v = views["q"], views["k"], views["v"]
+    assert not isinstance(options.slopes, View)
     o = views["out"] if "out" in views else _arrays.empty(q, v.shape, q.dtype)
     _, final_state = reference.chunked(
-        *(_arrays.as_numpy(views[name]) for name in ("q", "k", "v")),
+        _arrays.as_numpy(q),
+        _arrays.as_numpy(k),
+        _arrays.as_numpy(v),
         _arrays.as_numpy(o),
         slopes=options.slopes,
         scale=options.scale,

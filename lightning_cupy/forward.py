@@ -117,21 +117,22 @@ def plan_for(
 ) -> ForwardPlan:
     """Return the tiling for a head_dim of q and k on an architecture.
 
-    A readable rule, no measuring: the largest tiles whose shared memory fits, two stages where two blocks an SM
-    fit with them.
+    A readable rule, no measuring: the largest tiles whose shared memory fits; two stages where as many blocks an SM
+    as the registers allow still fit with them, or where even one stage would leave only one block.
     """
     qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
     limit, per_sm = (kib * _KIB for kib in _SMEM_KIB.get(compute_capability, _SMEM_KIB_ELSE))
     plan = functools.partial(ForwardPlan, dtype, compute_capability, outputs, causal, qk_dim)
     if dtype in ("float16", "bfloat16"):
         has_cp_async = compute_capability >= 80
-        # Registers: a thread holds qk_dim / 2 floats of state and chunk / 2 of outputs.
+        # A thread holds qk_dim / 2 floats of state and chunk / 2 of outputs: three blocks' registers fit up to 64.
+        min_blocks = 3 if qk_dim <= 64 else 2
         for chunk, stages in ((64, 2), (64, 1), (32, 1)):
             smem_bytes = _tensor_core_smem(qk_dim, 64, chunk, stages)
-            fits_twice = 2 * (smem_bytes + _KIB) <= per_sm or (per_sm <= 100 * _KIB and has_cp_async and qk_dim <= 128)
-            if smem_bytes <= limit and (stages == 1 or (has_cp_async and fits_twice)):
+            wanted_blocks = 1 if stages == 1 or per_sm <= 100 * _KIB else min_blocks
+            if smem_bytes <= limit and wanted_blocks * (smem_bytes + _KIB) <= per_sm and stages <= 1 + has_cp_async:
                 break
-        return plan(64, chunk, stages, num_threads=128, smem_bytes=smem_bytes, min_blocks=2)
+        return plan(64, chunk, stages, num_threads=128, smem_bytes=smem_bytes, min_blocks=min_blocks)
     itemsize = _arrays.ITEMSIZES[dtype]
     for chunk, v_block in ((32, 64), (16, 32), (16, 16), (8, 16), (8, 8)):
         smem_bytes = _float_smem(itemsize, qk_dim, v_block, chunk)
@@ -288,7 +289,7 @@ def forward(
 
         state_dtype = "float64" if plan.accum == "double" else "float32"
         segment_states = None
-        if num_segments > 1 or not causal:
+        if num_segments > 1 or (seqlen and not causal):
             shape = (batch, num_heads, num_segments, qk_dim, v_dim)
             segment_states = _arrays.empty(o, shape, state_dtype)
             if final_state is None:

@@ -41,7 +41,7 @@ def view(name: str, tensor: torch.Tensor) -> View:
     if tensor.is_neg():
         raise TypeError(f"{name} is a lazily negated view: pass {name}.resolve_neg()")
     return View(
-        tensor,
+        tensor.detach() if tensor.requires_grad else tensor,
         "torch",
         tuple(tensor.shape),
         tensor.stride(),
@@ -63,7 +63,7 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
 
 def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
     """Return a CPU tensor as a NumPy array that shares its memory."""
-    tensor = borrowed.owner.detach()
+    tensor = borrowed.owner
     if tensor.dtype == torch.bfloat16:
         bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy()
         return bits.view(ml_dtypes.bfloat16)

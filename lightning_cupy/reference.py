@@ -1,0 +1,330 @@
+"""Lightning Attention in plain NumPy: the definition that the tests trust, and the path of a CPU.
+
+Three forms of one function, for one head::
+
+    recurrent   S_t = exp(-slope) S_{t-1} + k_t v_t^T,   o_t = scale q_t^T S_t
+    quadratic   o = scale ((q k^T * M) v + D q S_0),     M_ij = exp(-slope (i - j)) for i >= j, else 0
+    chunked     the quadratic form inside a chunk of tokens, the recurrent one from chunk to chunk
+
+The chunked form is the tiling of Lightning Attention-2 (arXiv 2401.04658, algorithm 1, equations 4 to 10):
+time O(n (K V + chunk (K + V))) a head, and working memory that does not depend on n. Exponents only count
+tokens back in time, so with slopes >= 0 no exponential exceeds 1, whatever the slope and the length.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["chunked", "quadratic", "recurrent"]
+
+Array = npt.NDArray[Any]
+Slopes = float | Sequence[float] | Array | None
+
+# OpenBLAS keeps a product of fewer multiply-adds on the calling thread. Larger ones it shares among all cores
+# under one lock, where threads that each have their own heads wait for one another.
+_SHARED_PRODUCT = 2**19
+_TILES = 16  # chunks of all its heads that a thread has in hand: fewer cost interpreter time, more the cache
+
+
+def recurrent(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slopes: Slopes = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> tuple[Array, Array]:
+    """The definition, token by token: ``S = exp(-slope) S + k v^T``, then ``o = scale q^T S``.
+
+    In float32 a slope below 3e-8 is no decay at all here, for ``exp(-slope)`` rounds to 1: ask for float64.
+
+    Parameters
+    ----------
+    q, k : array, (n, K), (n, heads, K) or (batch, n, heads, K)
+        Queries and keys in float16, bfloat16 (of ml_dtypes), float32 or float64, with any strides.
+    v : array, as k but with its own last axis V
+        Values.
+    slopes : float, or array or sequence of [heads] floats, optional
+        Decay rate of each head per token; negative ones grow. None is no decay.
+    scale : float, optional
+        Factor of the outputs, but not of the state; ``1 / sqrt(K)`` by default.
+    causal : bool, default True
+        Without it every token sees all: ``o = scale q (initial_state + k^T v)``, with no slopes.
+    initial_state : array, (batch, heads, K, V) without the leading axes that q lacks, optional
+        State before the first token; zeros by default. Not modified.
+    dtype : dtype, optional
+        Of the computation and of both results. By default computation and state are in float32 (float64 for
+        float64 inputs), and o has q's dtype.
+
+    Returns
+    -------
+    o : array, shape of v
+    state : array, (batch, heads, K, V) without the leading axes that q lacks
+
+    Raises
+    ------
+    ValueError
+        For slopes with ``causal=False``, and for shapes that do not fit together.
+    """
+    x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    o, outputs = _outputs(q, v, dtype)
+    state = x.state
+    queries, keys, values = (array.astype(state.dtype, copy=False) for array in (x.q, x.k, x.v))
+    decay = _decay(x.slopes, 1)[:, None, None].astype(state.dtype)
+    for t in range(queries.shape[2]):
+        state *= decay
+        state += keys[:, :, t, :, None] * values[:, :, t, None, :]
+        if causal:
+            outputs[:, :, t] = (x.scale * (queries[:, :, t, None, :] @ state))[:, :, 0]
+    if not causal:
+        outputs[...] = x.scale * (queries @ state)
+    return o, _as_leading_axes_of(q, state)
+
+
+def quadratic(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slopes: Slopes = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> tuple[Array, Array]:
+    """The closed form ``scale ((q k^T * M) v + D q initial_state)``, in O(n^2) time and memory a head.
+
+    ``M_ij = exp(-slope (i - j))`` for ``i >= j``, else 0, and ``D_ii = exp(-slope (i + 1))``, counting tokens
+    from 0: arXiv 2401.04658, equation 3 with a state before the first token. With ``causal=False`` M and D
+    are all ones.
+
+    Parameters, results and errors are those of `recurrent`.
+    """
+    x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    o, outputs = _outputs(q, v, dtype)
+    compute = x.state.dtype
+    queries, keys, values = (array.astype(compute, copy=False) for array in (x.q, x.k, x.v))
+    position = np.arange(queries.shape[2])
+    mask = _decay(x.slopes, np.maximum(position[:, None] - position, 0))  # [heads, n, n]
+    if causal:
+        mask = np.tril(mask)
+    query_decay = _decay(x.slopes, position + 1)[..., None].astype(compute)  # [heads, n, 1]
+    key_decay = _decay(x.slopes, position[::-1])[..., None].astype(compute)
+    state_decay = _decay(x.slopes, len(position))[:, None, None].astype(compute)
+    scores = (queries @ keys.swapaxes(-1, -2)) * mask.astype(compute)
+    outputs[...] = x.scale * (scores @ values + query_decay * (queries @ x.state))
+    state = state_decay * x.state + (key_decay * keys).swapaxes(-1, -2) @ values
+    return o, _as_leading_axes_of(q, state)
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array | None = None,
+    *,
+    slopes: Slopes = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    chunk: int = 64,
+    dtype: npt.DTypeLike | None = None,
+) -> tuple[Array, Array]:
+    """The quadratic form inside a chunk of tokens, the recurrent one from chunk to chunk.
+
+    Batch rows and heads are spread over the cores. A NaN or an infinity in the inputs reaches its own chunk
+    and the tokens after it, never another head or batch row.
+
+    Parameters, results and errors are those of `recurrent`, and:
+
+    Parameters
+    ----------
+    out : array of o's shape, optional
+        Where o is written, and then returned; with any strides, but apart from the inputs in memory.
+    chunk : int
+        Tokens in a chunk. Results differ by rounding only.
+    """
+    x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    o, outputs = _outputs(q, v, dtype) if out is None else (out, _by_head(out))
+    batch, heads, n, _ = x.q.shape
+    attend = _causal if causal else _bidirectional
+
+    # One part for each thread, or more where a part would have more than _TILES heads.
+    threads = _num_cores() if n > chunk else 1
+    share = min(math.ceil(batch * heads / threads), _TILES)
+    part_heads = max(1, min(heads, share))
+    part_batch = max(1, share // part_heads)
+    parts = list(itertools.product(_slices(batch, part_batch), _slices(heads, part_heads)))
+
+    def run(part: tuple[slice, slice]) -> None:
+        _, h = part
+        inputs = _Problem(x.q[part], x.k[part], x.v[part], x.state[part], x.slopes[h], x.scale)
+        # Overflow is the data's affair, as on a GPU, and threads do not inherit the caller's errstate.
+        with np.errstate(over="ignore", invalid="ignore"):
+            attend(inputs, outputs[part], max(1, min(chunk, n)))
+
+    if len(parts) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, parts))
+    else:
+        for part in parts:
+            run(part)
+    return o, _as_leading_axes_of(q, x.state)
+
+
+class _Problem(NamedTuple):
+    """Arguments in one shape: views of the inputs, and a state of our own."""
+
+    q: Array  # [batch, heads, n, K], as k
+    k: Array
+    v: Array  # [batch, heads, n, V]
+    state: Array  # [batch, heads, K, V] in the dtype of the computation
+    slopes: Array  # [heads], float64
+    scale: float
+
+
+def _problem(
+    q: Array,
+    k: Array,
+    v: Array,
+    slopes: Slopes,
+    scale: float | None,
+    causal: bool,
+    initial_state: Array | None,
+    dtype: npt.DTypeLike | None,
+) -> _Problem:
+    queries, keys, values = map(_by_head, (q, k, v))
+    batch, heads, _, key_dim = queries.shape
+    rates = np.broadcast_to(np.asarray(0 if slopes is None else slopes, np.float64), heads)
+    if not causal and rates.any():
+        raise ValueError(f"slopes must be None with causal=False, but got {slopes}")
+    if dtype is None:
+        dtype = np.float64 if q.dtype == np.float64 else np.float32
+    state = np.zeros((batch, heads, key_dim, values.shape[-1]), dtype)
+    if initial_state is not None:
+        state[...] = initial_state
+    return _Problem(queries, keys, values, state, rates, key_dim**-0.5 if scale is None else float(scale))
+
+
+def _by_head(array: Array) -> Array:
+    """View (n, d), (n, heads, d) or (batch, n, heads, d) as [batch, heads, n, d]."""
+    view: Array = array[{2: np.s_[None, :, None], 3: np.s_[None], 4: np.s_[...]}[array.ndim]]
+    return view.swapaxes(1, 2)
+
+
+def _as_leading_axes_of(q: Array, state: Array) -> Array:
+    """View [batch, heads, K, V] without the leading axes that q lacks."""
+    view: Array = state[(0,) * (4 - q.ndim)]
+    return view
+
+
+def _outputs(q: Array, v: Array, dtype: npt.DTypeLike | None) -> tuple[Array, Array]:
+    """Return an uninitialised o, and its view [batch, heads, n, V]."""
+    o = np.empty(v.shape, q.dtype if dtype is None else dtype)
+    return o, _by_head(o)
+
+
+def _decay(slopes: Array, tokens: int | Array) -> Array:
+    """``exp(-slope tokens)`` in float64, of shape [heads, *tokens.shape]."""
+    decay: Array = np.exp(np.multiply.outer(-slopes, tokens))
+    return decay
+
+
+def _chunk_decays(slopes: Array, scale: float, chunk: int) -> tuple[Array, Array, Array]:
+    """Factors of scores, q and k in a chunk: [heads, 1, chunk, chunk] and twice [heads, 1, chunk, 1]."""
+    position = np.arange(chunk)
+    mask = np.tril(_decay(slopes, np.maximum(position[:, None] - position, 0)))
+    query_decay, key_decay = (_decay(slopes, tokens)[..., None] for tokens in (position + 1, position[::-1]))
+    return scale * mask[:, None], scale * query_decay[:, None], key_decay[:, None]
+
+
+def _causal(x: _Problem, o: Array, chunk: int) -> None:
+    """Write o and advance the state, some chunks at a time: ``o = [scores | q] [v ; state]`` is one product."""
+    batch, heads, n, key_dim = x.q.shape
+    value_dim, dtype = x.v.shape[-1], x.state.dtype
+    mask, query_decay, key_decay = (array.astype(dtype) for array in _chunk_decays(x.slopes, x.scale, chunk))
+    tiles = (batch, heads, max(1, min(_TILES // (batch * heads), n // chunk)))
+    left = np.empty((*tiles, chunk, chunk + key_dim), dtype)
+    right = np.empty((*tiles, chunk + key_dim, value_dim), dtype)
+    all_keys = np.empty((*tiles, chunk, key_dim), dtype)
+    all_updates = np.empty((*tiles, key_dim, value_dim), dtype)
+    all_results = np.empty((*tiles, chunk, value_dim), dtype)
+
+    states = right[:, :, :, chunk:]  # before each chunk
+    states[:, :, 0] = x.state
+    start = 0
+    while start < n:
+        size = min(chunk, n - start)  # the last chunk may be short, and is then alone
+        count = min(tiles[-1], (n - start) // size)
+        tokens = slice(start, start + count * size)
+        start = tokens.stop
+        q, k, v, results = (
+            array[:, :, tokens].reshape(batch, heads, count, size, array.shape[-1]) for array in (x.q, x.k, x.v, o)
+        )
+        weights, inputs = left[:, :, :count, :size, chunk - size :], right[:, :, :count, chunk - size :]
+        scores, queries, values = weights[..., :size], weights[..., size:], inputs[..., :size, :]
+        keys, updates = all_keys[:, :, :count, :size], all_updates[:, :, :count]
+        queries[...], keys[...], values[...] = q, k, v
+
+        _matmul(queries, keys.swapaxes(-1, -2), scores)
+        scores *= mask[..., :size, :size]
+        queries *= query_decay[..., :size, :]
+        keys *= key_decay[..., chunk - size :, :]
+        _matmul(keys.swapaxes(-1, -2), values, updates)
+        state_decay = _decay(x.slopes, size)[:, None, None].astype(dtype)
+        for i in range(count - 1):
+            np.multiply(states[:, :, i], state_decay, out=states[:, :, i + 1])
+            states[:, :, i + 1] += updates[:, :, i]
+        _matmul(weights, inputs, all_results[:, :, :count, :size])
+        results[...] = all_results[:, :, :count, :size]
+        np.multiply(states[:, :, count - 1], state_decay, out=states[:, :, 0])
+        states[:, :, 0] += updates[:, :, count - 1]
+    x.state[...] = states[:, :, 0]
+
+
+def _bidirectional(x: _Problem, o: Array, chunk: int) -> None:
+    """Add all keys and values to the state, then write o, some chunks at a time."""
+    batch, heads, n, _ = x.q.shape
+    dtype = x.state.dtype
+    blocks = _slices(n, chunk * max(1, _TILES // (batch * heads)))
+    update = np.empty_like(x.state)
+    for tokens in blocks:
+        k, v = (np.ascontiguousarray(array[:, :, tokens], dtype) for array in (x.k, x.v))
+        _matmul(k.swapaxes(-1, -2), v, update)
+        np.add(x.state, update, out=x.state)
+    for tokens in blocks:
+        q = np.ascontiguousarray(x.q[:, :, tokens], dtype)
+        results = np.empty((*q.shape[:-1], x.v.shape[-1]), dtype)
+        _matmul(q, x.state, results)
+        o[:, :, tokens] = np.multiply(results, x.scale, out=results)
+
+
+def _matmul(a: Array, b: Array, out: Array) -> None:
+    """``np.matmul(a, b, out)`` of stacked matrices, in products that stay on the calling thread."""
+    rows, (inner, columns) = a.shape[-2], b.shape[-2:]
+    while rows * inner * columns >= _SHARED_PRODUCT and max(rows, columns) > 16:
+        rows, columns = (math.ceil(rows / 2), columns) if rows > columns else (rows, math.ceil(columns / 2))
+    for m in _slices(a.shape[-2], rows):
+        for n in _slices(b.shape[-1], columns):
+            np.matmul(a[..., m, :], b[..., n], out=out[..., m, n])
+
+
+def _slices(stop: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, stop)) for start in range(0, stop, step)]
+
+
+def _num_cores() -> int:
+    """Cores that this process may use; 32 at most, as threads of Python share one interpreter."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 32)
