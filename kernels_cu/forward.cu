@@ -117,17 +117,19 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
   float row_decay[2] = {scale * shared.decay[lane / 4], scale * shared.decay[lane / 4 + 8]};
   float largest[2] = {0, 0};
 #pragma unroll
-  for (int tile = 0; tile < 2 * kRowTiles; tile++) {
-    if (tile / 2 < warp) {
+  for (int tile = 0; tile < kRowTiles; tile++) {
+    if (tile < warp) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        p[tile][i] *= row_decay[i / 2] * shared.decay[warp * 16 - (tile * 8 + lane % 4 * 2 + i % 2)];
+      for (int i = 0; i < 8; i++) {
+        p[2 * tile + i / 4][i % 4] *=
+            row_decay[i / 2 % 2] * shared.decay[(warp - tile) * 16 - (i / 4 * 8 + lane % 4 * 2 + i % 2)];
       }
-    } else if (tile / 2 == warp) {
+    } else if (tile == warp) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int distance = lane / 4 + i / 2 * 8 - (tile % 2 * 8 + lane % 4 * 2 + i % 2);
-        p[tile][i] = distance >= 0 ? p[tile][i] * scale * shared.decay[max(distance, 0)] : 0;
+      for (int i = 0; i < 8; i++) {
+        int distance = lane / 4 + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
+        float& element = p[2 * tile + i / 4][i % 4];
+        element = distance >= 0 ? element * scale * shared.decay[max(distance, 0)] : 0;
       }
     }
   }
@@ -287,25 +289,30 @@ __device__ __forceinline__ void update_state(State& state, const Shared& shared,
 __device__ __forceinline__ void store_outputs(const Args<float>& args, uint16_t* o, const Outputs& outputs,
                                               int num_tokens, int num_cols) {
   int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
-  int64_t row_stride = args.o_strides.token, col_stride = args.o_vectorized ? 1 : args.o_strides.dim;
+  int64_t row_stride = args.o_strides.token, col_stride = args.o_strides.dim;
   o += row * row_stride + col * col_stride;
+  auto packed = [&](int rows, int tile) {
+    const float* pair = &outputs[rows / 2][tile][rows % 2 * 2];
+    return pack<kBfloat16>(pair[0], pair[1]);
+  };
+  if (args.o_vectorized && num_tokens == kChunk && num_cols >= kSlab) {
 #pragma unroll
-  for (int rows = 0; rows < 2 * kRowTiles; rows++) {
-    if (row + rows * 8 < num_tokens) {
+    for (int rows = 0; rows < 2 * kRowTiles; rows++) {
+      *reinterpret_cast<uint32_t*>(o) = packed(rows, 0);
+      *reinterpret_cast<uint32_t*>(o + 8) = packed(rows, 1);
+      o += 8 * row_stride;
+    }
+  } else {
+#pragma unroll
+    for (int rows = 0; rows < 2 * kRowTiles; rows++) {
 #pragma unroll
       for (int tile = 0; tile < 2; tile++) {
-        const float* pair = &outputs[rows / 2][tile][rows % 2 * 2];
-        uint32_t packed = pack<kBfloat16>(pair[0], pair[1]);
-        uint16_t* to = o + tile * 8 * col_stride;
-        if (args.o_vectorized) {
-          if (tile * 8 + col < num_cols) *reinterpret_cast<uint32_t*>(to) = packed;
-        } else {
-          if (tile * 8 + col < num_cols) to[0] = packed & 0xffff;
-          if (tile * 8 + col + 1 < num_cols) to[col_stride] = packed >> 16;
-        }
+        int cols_left = row + rows * 8 < num_tokens ? num_cols - tile * 8 - col : 0;
+        if (cols_left > 0) o[tile * 8 * col_stride] = packed(rows, tile) & 0xffff;
+        if (cols_left > 1) o[(tile * 8 + 1) * col_stride] = packed(rows, tile) >> 16;
       }
+      o += 8 * row_stride;
     }
-    o += 8 * row_stride;
   }
 }
 

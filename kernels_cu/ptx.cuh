@@ -15,13 +15,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // PTX 9.7.9.25: 16 bytes to shared memory without registers; zeros instead when !valid, and nothing is read then.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
 #if AMPERE
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+  uint4 bytes = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(bytes.x), "r"(bytes.y), "r"(bytes.z),
+               "r"(bytes.w)
+               : "memory");
 #endif
 }
 

@@ -16,15 +16,19 @@ __device__ __forceinline__ void load_tile(Element* tile, const Element* source, 
   if (vectorized) {
     // A thread keeps its column, so that the next address is one addition away.
     constexpr int kVector = 16 / sizeof(Element), kVectors = kCols / kVector, kRowsAtOnce = kThreads / kVectors;
+    constexpr bool kAllThreads = kRowsAtOnce * kVectors == kThreads;
     int row = threadIdx.x / kVectors, col = threadIdx.x % kVectors * kVector;
     const Element* from = source + row * row_stride + col;
-    bool is_used = row < kRowsAtOnce, is_inside = col < num_cols;
+    uint32_t to = shared_address(&tile[row * kPitch + col]);
+    int rows_left = col < num_cols ? num_rows - row : 0;
+    if (kAllThreads || row < kRowsAtOnce) {
 #pragma unroll
-    for (int first = 0; first < kRows; first += kRowsAtOnce) {
-      if (is_used && (kRows % kRowsAtOnce == 0 || first + row < kRows)) {
-        cp_async_16(&tile[(first + row) * kPitch + col], from, is_inside && first + row < num_rows);
+      for (int first = 0; first < kRows; first += kRowsAtOnce) {
+        if (kRows % kRowsAtOnce == 0 || first + row < kRows) {
+          cp_async_16(to + first * kPitch * sizeof(Element), from, first < rows_left);
+        }
+        from += kRowsAtOnce * row_stride;
       }
-      from += kRowsAtOnce * row_stride;
     }
   } else {
     // Neighbouring threads read along whichever axis is closer together in memory.

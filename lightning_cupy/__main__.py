@@ -131,7 +131,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     q, k, v = (_open(name, getattr(arguments, name), arguments.dtype) for name in "qkv")
-    # Copied, so that the state may be saved over the file that it came from.
+    # Copied: it may be saved over the file that it came from, and Windows replaces none that is mapped.
     state = np.array(_open("initial_state", arguments.initial_state)) if arguments.initial_state else None
     options = {
         "slopes": _slopes(arguments, num_heads=q.shape[-2] if q.ndim > 2 else 1),

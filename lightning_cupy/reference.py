@@ -75,7 +75,7 @@ def recurrent(
     Raises
     ------
     ValueError
-        For slopes with ``causal=False``, and for shapes that do not fit together.
+        For slopes other than 0 with ``causal=False``, and for shapes that do not fit together.
     """
     x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
     o, outputs = _outputs(q, v, dtype)
@@ -143,8 +143,8 @@ def chunked(
 ) -> tuple[Array, Array]:
     """The quadratic form inside a chunk of tokens, the recurrent one from chunk to chunk.
 
-    Batch rows and heads are spread over the cores. A NaN or an infinity in the inputs reaches its own chunk
-    and the tokens after it, never another head or batch row.
+    Batch rows and heads are spread over the cores, and inputs are converted some chunks at a time. A NaN or an
+    infinity in the inputs reaches its own chunk and the tokens after it, never another head or batch row.
 
     Parameters, results and errors are those of `recurrent`, and:
 
@@ -170,8 +170,8 @@ def chunked(
     def run(part: tuple[slice, slice]) -> None:
         _, h = part
         inputs = _Problem(x.q[part], x.k[part], x.v[part], x.state[part], x.slopes[h], x.scale)
-        # Overflow is the data's affair, as on a GPU, and threads do not inherit the caller's errstate.
-        with np.errstate(over="ignore", invalid="ignore"):
+        # As on a GPU, what becomes of infinities is not reported. Threads do not have the caller's errstate anyway.
+        with np.errstate(all="ignore"):
             attend(inputs, outputs[part], max(1, min(chunk, n)))
 
     if len(parts) > 1:
@@ -204,6 +204,11 @@ def _problem(
     initial_state: Array | None,
     dtype: npt.DTypeLike | None,
 ) -> _Problem:
+    if q.ndim not in (2, 3, 4) or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            "q, k and v must be (n, d), (n, heads, d) or (batch, n, heads, d), alike but for v's d, "
+            f"but have shapes {q.shape}, {k.shape} and {v.shape}"
+        )
     queries, keys, values = map(_by_head, (q, k, v))
     batch, heads, _, key_dim = queries.shape
     rates = np.broadcast_to(np.asarray(0 if slopes is None else slopes, np.float64), heads)
@@ -213,14 +218,17 @@ def _problem(
         dtype = np.float64 if q.dtype == np.float64 else np.float32
     state = np.zeros((batch, heads, key_dim, values.shape[-1]), dtype)
     if initial_state is not None:
-        state[...] = initial_state
+        view = _as_leading_axes_of(q, state)
+        if initial_state.shape != view.shape:
+            raise ValueError(f"initial_state must have shape {view.shape}, but got {initial_state.shape}")
+        view[...] = initial_state
     return _Problem(queries, keys, values, state, rates, key_dim**-0.5 if scale is None else float(scale))
 
 
 def _by_head(array: Array) -> Array:
     """View (n, d), (n, heads, d) or (batch, n, heads, d) as [batch, heads, n, d]."""
-    view: Array = array[{2: np.s_[None, :, None], 3: np.s_[None], 4: np.s_[...]}[array.ndim]]
-    return view.swapaxes(1, 2)
+    view: Array = array[{2: np.s_[None, :, None], 3: np.s_[None], 4: np.s_[...]}[array.ndim]].swapaxes(1, 2)
+    return view
 
 
 def _as_leading_axes_of(q: Array, state: Array) -> Array:
@@ -282,15 +290,25 @@ def _causal(x: _Problem, o: Array, chunk: int) -> None:
         queries *= query_decay[..., :size, :]
         keys *= key_decay[..., chunk - size :, :]
         _matmul(keys.swapaxes(-1, -2), values, updates)
-        state_decay = _decay(x.slopes, size)[:, None, None].astype(dtype)
+        decay = _decay(x.slopes, size)[:, None, None]
         for i in range(count - 1):
-            np.multiply(states[:, :, i], state_decay, out=states[:, :, i + 1])
-            states[:, :, i + 1] += updates[:, :, i]
+            _advance(states[:, :, i], decay, updates[:, :, i], states[:, :, i + 1])
         _matmul(weights, inputs, all_results[:, :, :count, :size])
         results[...] = all_results[:, :, :count, :size]
-        np.multiply(states[:, :, count - 1], state_decay, out=states[:, :, 0])
-        states[:, :, 0] += updates[:, :, count - 1]
+        _advance(states[:, :, count - 1], decay, updates[:, :, count - 1], states[:, :, 0])
     x.state[...] = states[:, :, 0]
+
+
+def _advance(state: Array, decay: Array, update: Array, out: Array) -> None:
+    """Write ``decay * state + update``, with decay in float64; the update is overwritten.
+
+    A decay near 1 is applied as ``state + (decay - 1) * state``. As a factor in float32 it is off by up to 3e-8,
+    at every chunk in the same direction, which adds up to 4e-6 after 16,384 tokens.
+    """
+    kept = np.where(decay > 0.5, 1.0, 0.0)
+    update += (decay - kept).astype(state.dtype) * state
+    np.multiply(state, kept.astype(state.dtype), out=out)
+    out += update
 
 
 def _bidirectional(x: _Problem, o: Array, chunk: int) -> None:

@@ -5,6 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lightning_cupy import _environment
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where no kernel can run, and say why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        problem = _environment.cuda_problem() if _environment.gpu_is_present() else "no CUDA GPU"
+        for item in marked if problem else ():
+            item.add_marker(pytest.mark.skip(reason=problem))
+
+
 # Relative RMS against float64. Rounding a perfect result alone gives 2.5e-8, 2.1e-4 and 1.66e-3.
 BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 4e-4, "bfloat16": 2.5e-3}
 STATE_BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-3}

@@ -514,7 +514,6 @@ def test_demo_as_a_process():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not _environment.gpu_is_present(), reason="no CUDA GPU")
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_demo_on_a_gpu(text, capsys, dtype):
     assert cli.main(["demo", str(text), "--dtype", dtype, "--backend", "cuda"]) == 0

@@ -1,0 +1,601 @@
+"""The kernels against the float64 reference, and what a call promises about devices, streams and memory."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import BOUNDS, LENGTHS, STATE_BOUNDS, relative_rms
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lightning_cupy
+from lightning_cupy import _compile, forward, lightning_attention, reference
+
+pytestmark = pytest.mark.gpu
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+DTYPES = tuple(BOUNDS)
+SLOPES = {
+    "none": None,
+    "zero": 0.0,
+    "tiny": 3.9e-8,
+    "half": 0.917,
+    "three": 3.0,
+    "seven": 7.0,
+    "large": 100.0,
+    "growing": -0.01,
+}
+
+
+def dtype_of(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def state_dtype(name: str) -> str:
+    return "float64" if name == "float64" else "float32"
+
+
+def normal(rng, shape, dtype: str) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype_of(dtype))
+
+
+def to_gpu(array: np.ndarray):
+    """Copy to a CuPy array of the same dtype."""
+    return cupy.asarray(np.ascontiguousarray(array).view(f"u{array.itemsize}")).view(array.dtype)
+
+
+def nan_out(v):
+    """An output in which an element that nobody writes stays NaN."""
+    out = cupy.empty(v.shape, v.dtype)
+    out.view(f"u{v.dtype.itemsize}")[...] = 2 ** (8 * v.dtype.itemsize) - 1
+    return out
+
+
+def check(q, k, v, dtype, *, factor=1.0, out=None, arrays=None, **options):
+    """Compare a call on the GPU with the reference; `arrays` are q, k, v there when they are not plain copies."""
+    arrays = arrays or [to_gpu(x) for x in (q, k, v)]
+    out = nan_out(arrays[2]) if out is None else out
+    on_gpu = dict(options)
+    if options.get("initial_state") is not None:
+        on_gpu["initial_state"] = cupy.asarray(options["initial_state"])
+    o, state = lightning_attention(*arrays, out, return_state=True, **on_gpu)
+    assert o is out
+    expected, expected_state = reference.chunked(q, k, v, dtype=np.float64, **options)
+    assert state.dtype == state_dtype(dtype)
+    assert relative_rms(cupy.asnumpy(o), expected) <= factor * BOUNDS[dtype]
+    assert relative_rms(cupy.asnumpy(state), expected_state) <= factor * STATE_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seqlen", LENGTHS)
+def test_lengths(rng, dtype, seqlen):
+    slopes = lightning_cupy.slopes(6)
+    q, k, v = (normal(rng, (2, seqlen, 6, 64), dtype) for _ in range(3))
+    state = rng.standard_normal((2, 6, 64, 64)).astype(state_dtype(dtype))
+    check(q, k, v, dtype, slopes=slopes, initial_state=state)
+    check(q, k, v, dtype)
+    check(q, k, v, dtype, causal=False, initial_state=state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("qk_dim", "v_dim"), [(17, 40), (32, 32), (64, 100), (96, 96), (128, 128), (128, 8), (192, 192), (256, 256)]
+)
+def test_head_dims(rng, dtype, qk_dim, v_dim):
+    q, k = (normal(rng, (2, 200, 3, qk_dim), dtype) for _ in range(2))
+    v = normal(rng, (2, 200, 3, v_dim), dtype)
+    check(q, k, v, dtype, slopes=[0.2, 0.01, 0.0])
+    check(q, k, v, dtype, causal=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(1, 1), (1, 7), (5, 1)])
+def test_smallest_head_dims(rng, dtype, qk_dim, v_dim):
+    # Sums of so few products cancel: errors are relative to what is left, so the bound is that of many heads.
+    q, k = (normal(rng, (1, 130, 64, qk_dim), dtype) for _ in range(2))
+    check(q, k, normal(rng, (1, 130, 64, v_dim), dtype), dtype, slopes=0.05, factor=1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slopes", SLOPES.values(), ids=SLOPES)
+def test_slopes(rng, dtype, slopes):
+    q, k, v = (normal(rng, (500, 4, 64), dtype) for _ in range(3))
+    state = rng.standard_normal((4, 64, 64)).astype(state_dtype(dtype))
+    check(q, k, v, dtype, slopes=slopes, initial_state=state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slopes", [None, 0.002], ids=["undecayed", "decayed"])
+def test_long_sequence_of_few_heads(rng, dtype, slopes):
+    q, k, v = (normal(rng, (16384, 2, 128), dtype) for _ in range(3))
+    check(q, k, v, dtype, slopes=slopes)
+
+
+def test_few_heads_are_cut_into_segments():
+    plan = forward.plan_for("bfloat16", 128, 90)
+    slots = 132 * forward.blocks_per_sm(plan)
+    assert 2 * forward.num_segments_for(2, 131072 // plan.chunk, slots) >= 0.9 * 132
+    assert forward.num_segments_for(4 * 32 * 2, 2048 // plan.chunk, slots) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranks(rng, dtype):
+    q, k, v = (normal(rng, (150, 32), dtype) for _ in range(3))
+    check(q, k, v, dtype, slopes=0.1, initial_state=rng.standard_normal((32, 32)).astype(state_dtype(dtype)))
+    q, k, v = (x[:, None] for x in (q, k, v))
+    check(q, k, v, dtype, slopes=[0.1])
+
+
+def strided(array, how):
+    """The same elements on the GPU, with other strides."""
+    x = to_gpu(array)
+    if how == "heads first":
+        return cupy.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    if how == "tokens last":
+        return cupy.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    if how == "sliced":
+        wide = cupy.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if how == "reversed":
+        return cupy.ascontiguousarray(x[:, ::-1, :, ::-1])[:, ::-1, :, ::-1]
+    if how == "unaligned":
+        flat = cupy.zeros(x.size + 1, x.dtype)
+        flat[1:] = x.ravel()
+        return flat[1:].reshape(x.shape)
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["heads first", "tokens last", "sliced", "reversed", "unaligned"])
+def test_strides(rng, dtype, how):
+    q, k, v = (normal(rng, (2, 130, 3, 64), dtype) for _ in range(3))
+    arrays = [strided(x, how) for x in (q, k, v)]
+    check(q, k, v, dtype, slopes=0.05, arrays=arrays, out=strided(cupy.asnumpy(nan_out(arrays[2])), how))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_broadcast_inputs(rng, dtype):
+    q, k, v = (normal(rng, (1, 130, 1, 64), dtype) for _ in range(3))
+    shape = (2, 130, 3, 64)
+    arrays = [cupy.broadcast_to(to_gpu(x), shape) for x in (q, k, v)]
+    check(*(np.broadcast_to(x, shape) for x in (q, k, v)), dtype, slopes=0.05, arrays=arrays, out=nan_out(arrays[2]))
+
+
+def test_strided_initial_state(rng):
+    q, k, v = (normal(rng, (2, 130, 3, 64), "float32") for _ in range(3))
+    state = rng.standard_normal((2, 3, 64, 64)).astype(np.float32)
+    transposed = cupy.ascontiguousarray(cupy.asarray(state).transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+    before = transposed.copy()
+    o = lightning_attention(*map(to_gpu, (q, k, v)), initial_state=transposed)
+    expected, _ = reference.chunked(q, k, v, initial_state=state, dtype=np.float64)
+    assert relative_rms(o.get(), expected) <= BOUNDS["float32"]
+    assert (transposed == before).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_large_and_small_magnitudes(rng, dtype):
+    shape = (2000, 2, 64)
+    q, k, v = (rng.standard_normal(shape) * factor for factor in (1e-3, 300, 2000))
+    check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, scale=1e-4)
+    q, k, v = (rng.standard_normal(shape) * factor for factor in (0.01, 0.01, 0.1))
+    check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, slopes=0.3, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_plan_of_turing(rng, dtype, monkeypatch):
+    """The instructions of sm_75 run on every later GPU: its plans are tested with them here."""
+    real, compile_cubin = forward._device_properties, _compile.compile_cubin
+    monkeypatch.setattr(forward, "_device_properties", lambda device_id: (75, real(device_id)[1]))
+    monkeypatch.setattr(
+        _compile, "cubin_path", lambda file, constants, _: compile_cubin(file, constants, real(0)[0])[0]
+    )
+    monkeypatch.setattr(_compile, "_kernels", {})
+    for qk_dim in (64, 256):
+        q, k = (normal(rng, (2, 300, 3, qk_dim), dtype) for _ in range(2))
+        v = normal(rng, (2, 300, 3, 72), dtype)
+        check(q, k, v, dtype, slopes=[0.2, 0.0, -0.01])
+        check(q, k, v, dtype, causal=False)
+        large = (1e6 * x.astype(np.float32) if dtype == "bfloat16" else x for x in (q, k, v))
+        check(*(x.astype(dtype_of(dtype)) for x in large), dtype, slopes=0.1, scale=1e-3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 5)),
+    dims=st.tuples(st.integers(16, 128), st.integers(16, 128)),
+    dtype=st.sampled_from(DTYPES),
+    order=st.permutations(range(4)),
+    slope=st.one_of(st.none(), st.floats(-0.01, 10)),
+    causal=st.booleans(),
+    with_state=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_strides_dtype_and_slope(shape, dims, dtype, order, slope, causal, with_state, seed):
+    rng = np.random.default_rng(seed)
+    q, k = (normal(rng, (*shape, dims[0]), dtype) for _ in range(2))
+    v = normal(rng, (*shape, dims[1]), dtype)
+    inverse = np.argsort(order)
+    arrays = [cupy.ascontiguousarray(to_gpu(x).transpose(order)).transpose(*inverse) for x in (q, k, v)]
+    state = rng.standard_normal((shape[0], shape[2], *dims)).astype(state_dtype(dtype)) if with_state else None
+    # A few numbers may cancel: the bounds are those of many.
+    check(
+        q, k, v, dtype, factor=1.3, arrays=arrays, slopes=slope if causal else None, causal=causal, initial_state=state
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_every_time(rng, dtype):
+    arrays = [to_gpu(normal(rng, (3000, 2, 64), dtype)) for _ in range(3)]
+    runs = [lightning_attention(*arrays, slopes=0.01, return_state=True) for _ in range(5)]
+    for o, state in runs[1:]:
+        assert (o.view("u1") == runs[0][0].view("u1")).all()
+        assert (state.view("u1") == runs[0][1].view("u1")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_head_and_row(rng, dtype):
+    q, k, v = (normal(rng, (3, 200, 4, 64), dtype) for _ in range(3))
+    clean = cupy.asnumpy(lightning_attention(*map(to_gpu, (q, k, v)), slopes=0.1))
+    for array in (q, k, v):
+        array[1, 50, 2] = np.nan
+    o = cupy.asnumpy(lightning_attention(*map(to_gpu, (q, k, v)), slopes=0.1)).astype(np.float64)
+    hit = np.zeros((3, 4), bool)
+    hit[1, 2] = True
+    assert np.isnan(o[1, -1, 2]).all()
+    assert (o.transpose(0, 2, 1, 3)[~hit] == clean.astype(np.float64).transpose(0, 2, 1, 3)[~hit]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16), (2, 5, 0, 16)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_empty(rng, shape, causal):
+    q = cupy.zeros(shape, "float32")
+    state = cupy.asarray(rng.standard_normal((shape[0], shape[2], 16, 16)).astype(np.float32))
+    o, last = lightning_attention(q, q, q, initial_state=state, return_state=True, causal=causal)
+    assert o.shape == shape
+    assert last.data.ptr != state.data.ptr or state.size == 0
+    if shape[1] == 0:
+        assert (last == state).all()
+    _, zeros = lightning_attention(q, q, q, return_state=True, causal=causal)
+    assert not zeros.any() or shape[1]
+
+
+def test_split_call_continues(rng):
+    q, k, v = (to_gpu(normal(rng, (1000, 2, 64), "float32")) for _ in range(3))
+    whole, last = lightning_attention(q, k, v, slopes=0.05, return_state=True)
+    state, parts = None, []
+    for part in (slice(0, 1), slice(1, 64), slice(64, 517), slice(517, 1000)):
+        o, state = lightning_attention(q[part], k[part], v[part], slopes=0.05, initial_state=state, return_state=True)
+        parts.append(o)
+    assert relative_rms(cupy.concatenate(parts).get(), whole.get()) <= BOUNDS["float32"]
+    assert relative_rms(state.get(), last.get()) <= STATE_BOUNDS["float32"]
+
+
+def test_more_than_65535_heads(rng):
+    q, k, v = (normal(rng, (2100, 3, 32, 16), "float32") for _ in range(3))
+    check(q, k, v, "float32", slopes=0.5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_more_than_2_31_elements(rng, dtype):
+    block, heads, dim = 4096, 4, 128
+    count = 2**31 // (block * heads * dim) + 2
+    if cupy.cuda.Device().mem_info[0] < 4.5 * count * block * heads * dim * dtype_of(dtype).itemsize:
+        pytest.skip("the GPU has too little free memory for four arrays of 2^31 elements")
+    cells = [normal(rng, (block, heads, dim), dtype) for _ in range(3)]
+    arrays = []
+    for cell in cells:
+        array = cupy.empty((count * block, heads, dim), cell.dtype)
+        bits = f"u{cell.itemsize}"
+        array.view(bits).reshape(count, block, heads, dim)[...] = to_gpu(cell).view(bits)
+        arrays.append(array)
+    assert arrays[0].size > 2**31
+    # After a whole block of decay nothing is left of what came before: the last block repeats the second.
+    out = nan_out(arrays[2])
+    lightning_attention(*arrays, out, slopes=0.05)
+    twice = [np.concatenate([cell, cell]) for cell in cells]
+    expected, _ = reference.chunked(*twice, slopes=0.05, dtype=np.float64)
+    assert relative_rms(cupy.asnumpy(out[-block:]), expected[block:]) <= BOUNDS[dtype]
+    middle = 2**31 // (heads * dim) // block * block
+    assert relative_rms(cupy.asnumpy(out[middle : middle + block]), expected[block:]) <= BOUNDS[dtype]
+    del arrays, out
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+# --- Streams, graphs, threads, devices ---
+
+
+@functools.cache
+def spin_kernel():
+    code = (
+        'extern "C" __global__ void spin(long long ticks) { long long t = clock64(); while (clock64() - t < ticks); }'
+    )
+    return cupy.RawKernel(code, "spin")
+
+
+def keep_busy(milliseconds: int) -> None:
+    """Queue work of about that long on CuPy's current stream."""
+    spin_kernel()((1,), (1,), (np.int64(milliseconds * 1_500_000),))
+
+
+def test_runs_on_the_current_stream_without_waiting(rng):
+    q, k, v = (normal(rng, (300, 2, 64), "float32") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
+    late = [to_gpu(x) for x in (q, k, v)]
+    arrays = [cupy.zeros_like(x) for x in late]
+    lightning_attention(*arrays, slopes=[0.1, 0.1])  # compiled, and slopes uploaded
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        keep_busy(200)
+        for array, x in zip(arrays, late, strict=True):
+            array[...] = x
+        o = lightning_attention(*arrays, slopes=[0.1, 0.1])
+        assert not stream.done, "the call waited for the stream"
+    stream.synchronize()
+    assert relative_rms(o.get(), expected) <= BOUNDS["float32"]
+
+
+def test_cuda_graph(rng):
+    arrays = [to_gpu(normal(rng, (1, 4096, 2, 64), "bfloat16")) for _ in range(3)]
+    fresh = [to_gpu(normal(rng, (1, 4096, 2, 64), "bfloat16")) for _ in range(3)]
+    out = nan_out(arrays[2])
+    options = {"slopes": [0.1, 0.02]}
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        lightning_attention(*arrays, out, **options)  # the first call compiles
+        stream.begin_capture()
+        lightning_attention(*arrays, out, **options)
+        graph = stream.end_capture()
+        for array, x in zip(arrays, fresh, strict=True):
+            array[...] = x
+        out.view("u2")[...] = 0xFFFF
+        graph.launch(stream)
+    stream.synchronize()
+    expected = lightning_attention(*fresh, **options)
+    assert (out.view("u2") == expected.view("u2")).all()
+
+
+def test_eight_threads_at_once(rng):
+    sets = [[to_gpu(normal(rng, (700, 3, 48), "float16")) for _ in range(3)] for _ in range(8)]
+    expected = [lightning_attention(*arrays, slopes=0.1) for arrays in sets]
+    _compile._kernels.clear()
+    cupy.cuda.Device().synchronize()
+
+    def work(arrays):
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            results = [lightning_attention(*arrays, slopes=0.1) for _ in range(20)]
+            stream.synchronize()
+        return results
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for results, wanted in zip(pool.map(work, sets), expected, strict=True):
+            assert all((o.view("u2") == wanted.view("u2")).all() for o in results)
+
+
+def two_devices() -> None:
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("there is only one CUDA device")
+
+
+def test_second_device(rng):
+    two_devices()
+    q, k, v = (normal(rng, (2000, 2, 64), "bfloat16") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, slopes=[0.1, 0.01], dtype=np.float64)
+    with cupy.cuda.Device(1):
+        arrays = [to_gpu(x) for x in (q, k, v)]
+    assert cupy.cuda.Device().id == 0
+    o, state = lightning_attention(*arrays, slopes=[0.1, 0.01], return_state=True)
+    assert o.device.id == state.device.id == 1
+    assert cupy.cuda.Device().id == 0
+    assert relative_rms(cupy.asnumpy(o), expected) <= BOUNDS["bfloat16"]
+
+
+def test_arrays_on_two_devices(rng):
+    two_devices()
+    q = cupy.zeros((4, 16), "float32")
+    with cupy.cuda.Device(1):
+        other = cupy.zeros((4, 16), "float32")
+    with pytest.raises(ValueError, match="k is on CUDA device 1, but q is on CUDA device 0"):
+        lightning_attention(q, other, q)
+    with pytest.raises(ValueError, match="out is on CUDA device 1, but q is on CUDA device 0"):
+        lightning_attention(q, q, q, other)
+
+
+# --- Kinds of arrays ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_arrays_go_through_the_gpu(rng, dtype):
+    q, k, v = (normal(rng, (2, 300, 3, 64), dtype) for _ in range(3))
+    state = rng.standard_normal((2, 3, 64, 64)).astype(state_dtype(dtype))
+    options = {"slopes": [0.1, 0.0, 0.5], "initial_state": state, "return_state": True}
+    o, last = lightning_attention(q, k, v, backend="cuda", **options)
+    assert type(o) is type(last) is np.ndarray
+    assert (o.dtype, last.dtype) == (q.dtype, state.dtype)
+    on_gpu = lightning_attention(
+        *map(to_gpu, (q, k, v)), slopes=[0.1, 0.0, 0.5], initial_state=cupy.asarray(state), return_state=True
+    )
+    assert (o.view("u1") == cupy.asnumpy(on_gpu[0]).view("u1")).all(), "not the kernel's bits"
+    assert (last == cupy.asnumpy(on_gpu[1])).all()
+    out = np.full((2, 3, 64, 300), np.nan).astype(q.dtype).transpose(0, 3, 1, 2)
+    assert lightning_attention(q[:, ::-1], k, v, out, backend="cuda") is out
+    expected, _ = reference.chunked(q[:, ::-1], k, v, dtype=np.float64)
+    assert relative_rms(out, expected) <= BOUNDS[dtype]
+
+
+def test_numpy_arrays_of_the_other_byte_order(rng):
+    q, k, v = (rng.standard_normal((100, 2, 32)).astype(">f4") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, dtype=np.float64)
+    assert relative_rms(lightning_attention(q, k, v, backend="cuda"), expected) <= BOUNDS["float32"]
+
+
+class Producer:
+    """An array of a library that we do not know, in CUDA memory."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __array_namespace__(self, api_version=None):
+        return Producer
+
+    @staticmethod
+    def from_dlpack(array):
+        return Producer(cupy.from_dlpack(array))
+
+
+def test_any_dlpack_producer(rng):
+    q, k, v = (normal(rng, (100, 2, 32), "float32") for _ in range(3))
+    o, state = lightning_attention(*(Producer(to_gpu(x)) for x in (q, k, v)), slopes=0.1, return_state=True)
+    assert type(o) is type(state) is Producer
+    expected, expected_state = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
+    assert relative_rms(o.array.get(), expected) <= BOUNDS["float32"]
+    assert relative_rms(state.array.get(), expected_state) <= STATE_BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_slopes_on_the_gpu(rng, dtype):
+    q, k, v = (normal(rng, (300, 4, 64), "bfloat16") for _ in range(3))
+    slopes = np.array([0.5, 0.1, 0.01, 0.0], dtype)
+    expected, _ = reference.chunked(q, k, v, slopes=slopes, dtype=np.float64)
+    for on_gpu in (cupy.asarray(slopes), cupy.asarray(np.repeat(slopes, 3))[::3], cupy.asarray(slopes[::-1])[::-1]):
+        o = lightning_attention(*map(to_gpu, (q, k, v)), slopes=on_gpu)
+        assert relative_rms(cupy.asnumpy(o), expected) <= BOUNDS["bfloat16"]
+
+
+@pytest.fixture
+def torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch is built without CUDA")
+    return torch
+
+
+def to_torch(torch, array, device="cuda"):
+    bits = torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}"))
+    return bits.view(getattr(torch, array.dtype.name)).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_tensors(rng, torch, dtype):
+    q, k, v = (normal(rng, (2, 300, 3, 64), dtype) for _ in range(3))
+    expected, expected_state = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
+    tensors = [to_torch(torch, x) for x in (q, k, v)]
+    o, state = lightning_attention(*tensors, slopes=torch.full((3,), 0.1, device="cuda"), return_state=True)
+    assert o.dtype == tensors[0].dtype
+    assert o.device == state.device == tensors[0].device
+    assert relative_rms(o.double().cpu(), expected) <= BOUNDS[dtype]
+    assert relative_rms(state.double().cpu(), expected_state) <= STATE_BOUNDS[dtype]
+
+
+def test_torch_cpu_tensors_go_through_the_gpu(rng, torch):
+    q, k, v = (torch.from_numpy(normal(rng, (300, 64), "float32")) for _ in range(3))
+    output = torch.full_like(v, torch.nan)
+    assert lightning_attention(q, k, v, output, backend="cuda") is output
+    expected, _ = reference.chunked(q.numpy(), k.numpy(), v.numpy(), dtype=np.float64)
+    assert relative_rms(output, expected) <= BOUNDS["float32"]
+
+
+def test_torch_allocator_and_stream(rng, torch):
+    tensors = [to_torch(torch, normal(rng, (2, 3000, 2, 64), "bfloat16")) for _ in range(3)]
+    expected = lightning_attention(*tensors)
+    pool = cupy.get_default_memory_pool().used_bytes()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(300_000_000)
+        late = [x.clone() for x in tensors]
+        o = lightning_attention(*late)
+        assert not stream.query(), "the call waited for the stream"
+    stream.synchronize()
+    assert torch.equal(o, expected)
+    assert cupy.get_default_memory_pool().used_bytes() == pool, "results and workspace are torch's"
+
+
+def test_torch_graph(rng, torch):
+    tensors = [to_torch(torch, normal(rng, (1, 4096, 2, 64), "float16")) for _ in range(3)]
+    expected = lightning_attention(*tensors, slopes=[0.1, 0.02])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = lightning_attention(*tensors, slopes=[0.1, 0.02])
+    o.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, expected)
+
+
+def test_torch_and_cupy_in_one_call(rng, torch):
+    q, k, v = (normal(rng, (500, 2, 64), "float32") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
+    stream = torch.cuda.Stream()
+    for _ in range(3):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            late = to_torch(torch, k)
+        with torch.cuda.stream(stream):
+            o = lightning_attention(to_gpu(q), late, to_gpu(v), slopes=0.1)
+            del late
+            torch.full((500, 2, 64), torch.nan, device="cuda")  # may get the memory of `late`
+        assert type(o) is cupy.ndarray
+        assert relative_rms(o.get(), expected) <= BOUNDS["float32"]
+
+
+def test_torch_on_second_device(rng, torch):
+    two_devices()
+    q, k, v = (normal(rng, (500, 2, 64), "float32") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, slopes=[0.1, 0.2], dtype=np.float64)
+    o = lightning_attention(*(to_torch(torch, x, "cuda:1") for x in (q, k, v)), slopes=[0.1, 0.2])
+    assert o.device == torch.device("cuda:1")
+    assert relative_rms(o.cpu(), expected) <= BOUNDS["float32"]
+
+
+# --- Bad input that only a GPU can show ---
+
+
+def test_cpu_mixed_with_cuda(rng):
+    on_gpu, on_cpu = cupy.zeros((4, 16), "float32"), np.zeros((4, 16), "float32")
+    with pytest.raises(ValueError, match="k is on the CPU, but q is on CUDA device 0"):
+        lightning_attention(on_gpu, on_cpu, on_gpu)
+    with pytest.raises(ValueError, match="v is on CUDA device 0, but q is on the CPU"):
+        lightning_attention(on_cpu, on_cpu, on_gpu)
+    with pytest.raises(ValueError, match="out is on the CPU, but q is on CUDA device 0"):
+        lightning_attention(on_gpu, on_gpu, on_gpu, on_cpu)
+    with pytest.raises(ValueError, match="slopes are on CUDA device 0, but q is on the CPU"):
+        lightning_attention(on_cpu, on_cpu, on_cpu, slopes=cupy.zeros(1))
+
+
+def test_cuda_arrays_are_never_computed_on_the_cpu():
+    q = cupy.zeros((4, 16), "float32")
+    with pytest.raises(ValueError, match="backend='cpu' is for arrays on the CPU, but q is on CUDA device 0"):
+        lightning_attention(q, q, q, backend="cpu")
+
+
+def test_out_must_not_overlap():
+    memory = cupy.zeros((10, 2, 16), "float32")
+    q = memory[:8]
+    with pytest.raises(ValueError, match="out must not overlap an input, but it shares memory with q"):
+        lightning_attention(q, q.copy(), q.copy(), memory[2:])
+    packed = cupy.zeros((8, 2, 4, 16), "float32")
+    o = lightning_attention(*(packed[:, :, i] for i in range(4)))  # side by side is not overlapping
+    assert o.base is packed
+    with pytest.raises(ValueError, match="out must have an address for each element"):
+        lightning_attention(q, q, q, cupy.broadcast_to(memory[:1], q.shape))
+
+
+def test_slopes_on_the_gpu_are_checked():
+    q = cupy.zeros((4, 3, 16), "float32")
+    with pytest.raises(ValueError, match=r"slopes must have shape \(3,\), but got \(2,\)"):
+        lightning_attention(q, q, q, slopes=cupy.zeros(2))
+    with pytest.raises(TypeError, match="slopes on a GPU must be float32 or float64, but got int64"):
+        lightning_attention(q, q, q, slopes=cupy.zeros(3, "int64"))
