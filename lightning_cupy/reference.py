@@ -32,6 +32,7 @@ Slopes = float | Sequence[float] | Array | None
 # under one lock, where threads that each have their own heads wait for one another.
 _SHARED_PRODUCT = 2**19
 _TILES = 16  # chunks of all its heads that a thread has in hand: fewer cost interpreter time, more the cache
+_BLOCK = 32  # rows of scores that are computed up to the same token
 
 
 def recurrent(
@@ -258,18 +259,18 @@ def _chunk_decays(slopes: Array, scale: float, chunk: int) -> tuple[Array, Array
 
 
 def _causal(x: _Problem, o: Array, chunk: int) -> None:
-    """Write o and advance the state, some chunks at a time: ``o = [scores | q] [v ; state]`` is one product."""
+    """Write o and advance the state, some chunks at a time: ``o = [q | scores] [state ; v]`` is one product."""
     batch, heads, n, key_dim = x.q.shape
     value_dim, dtype = x.v.shape[-1], x.state.dtype
     mask, query_decay, key_decay = (array.astype(dtype) for array in _chunk_decays(x.slopes, x.scale, chunk))
     tiles = (batch, heads, max(1, min(_TILES // (batch * heads), n // chunk)))
-    left = np.empty((*tiles, chunk, chunk + key_dim), dtype)
-    right = np.empty((*tiles, chunk + key_dim, value_dim), dtype)
+    left = np.zeros((*tiles, chunk, key_dim + chunk), dtype)
+    right = np.empty((*tiles, key_dim + chunk, value_dim), dtype)
     all_keys = np.empty((*tiles, chunk, key_dim), dtype)
     all_updates = np.empty((*tiles, key_dim, value_dim), dtype)
     all_results = np.empty((*tiles, chunk, value_dim), dtype)
 
-    states = right[:, :, :, chunk:]  # before each chunk
+    states = right[:, :, :, :key_dim]  # before each chunk
     states[:, :, 0] = x.state
     start = 0
     while start < n:
@@ -280,12 +281,15 @@ def _causal(x: _Problem, o: Array, chunk: int) -> None:
         q, k, v, results = (
             array[:, :, tokens].reshape(batch, heads, count, size, array.shape[-1]) for array in (x.q, x.k, x.v, o)
         )
-        weights, inputs = left[:, :, :count, :size, chunk - size :], right[:, :, :count, chunk - size :]
-        scores, queries, values = weights[..., :size], weights[..., size:], inputs[..., :size, :]
+        queries, scores = left[:, :, :count, :size, :key_dim], left[:, :, :count, :size, key_dim : key_dim + size]
+        values = right[:, :, :count, key_dim : key_dim + size]
         keys, updates = all_keys[:, :, :count, :size], all_updates[:, :, :count]
         queries[...], keys[...], values[...] = q, k, v
 
-        _matmul(queries, keys.swapaxes(-1, -2), scores)
+        # Rows of a block see no token after it: their products end there.
+        blocks = _slices(size, _BLOCK)
+        for rows in blocks:
+            _matmul(queries[..., rows, :], keys[..., : rows.stop, :].swapaxes(-1, -2), scores[..., rows, : rows.stop])
         scores *= mask[..., :size, :size]
         queries *= query_decay[..., :size, :]
         keys *= key_decay[..., chunk - size :, :]
@@ -293,7 +297,9 @@ def _causal(x: _Problem, o: Array, chunk: int) -> None:
         decay = _decay(x.slopes, size)[:, None, None]
         for i in range(count - 1):
             _advance(states[:, :, i], decay, updates[:, :, i], states[:, :, i + 1])
-        _matmul(weights, inputs, all_results[:, :, :count, :size])
+        for rows in blocks:
+            seen = slice(key_dim + rows.stop)
+            _matmul(left[:, :, :count, rows, seen], right[:, :, :count, seen], all_results[:, :, :count, rows])
         results[...] = all_results[:, :, :count, :size]
         _advance(states[:, :, count - 1], decay, updates[:, :, count - 1], states[:, :, 0])
     x.state[...] = states[:, :, 0]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
+
+nbclient = pytest.importorskip("nbclient", reason="nbclient, of the test extra, is not installed")
+nbformat = pytest.importorskip("nbformat", reason="nbformat, of the test extra, is not installed")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART = ROOT / "notebooks" / "1-quickstart.ipynb"
 
-# /home/name, /root, /Users/name, C:\Users\name, /tmp; in JSON a backslash is two.
-LOCAL_PATH = re.compile(r"(?<![\w.])(?:/(?:home|Users)/\w|/(?:root|tmp)\b|[A-Za-z]:\\+Users\\)")
+# /home/name, /root, /Users/name, C:\Users\name, /tmp
+LOCAL_PATH = re.compile(r"(?<![\w.])(?:/(?:home|Users)/\w|/(?:root|tmp)\b|[A-Za-z]:\\Users\\)")
 
 
 def code_cells(notebook):
@@ -38,6 +38,15 @@ def stderr(notebook) -> str:
 
 def stdout(notebook) -> str:
     return "".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
+
+
+def strings(node):
+    """Every string in a notebook, but for the keys."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, (dict, list)):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from strings(child)
 
 
 @pytest.fixture
@@ -105,7 +114,7 @@ def test_committed_notebook_has_no_trace_of_a_machine(path):
     assert not any(cell.metadata for cell in notebook.cells), "times of execution, say"
     for output in outputs(notebook):
         output.get("data", {}).pop("image/png", None)
-    text = json.dumps(notebook)
+    text = "\n".join(strings(notebook))
     assert not LOCAL_PATH.search(text), LOCAL_PATH.search(text)
     assert str(ROOT) not in text
 
@@ -114,10 +123,10 @@ def test_committed_notebook_has_no_trace_of_a_machine(path):
     ("text", "found"),
     [
         ("/home/ada/x.py", True),
-        (json.dumps(r"C:\Users\ada"), True),
+        (r"C:\Users\ada", True),
         ("File '/root/x.py'", True),
         ("(/Users/ada)", True),
-        ("/tmp/ipykernel_17/1.py", True),
+        ("in\n/tmp/ipykernel_17/1.py", True),
         ("https://example.org/home/page", False),
         ("tokens/roots", False),
     ],

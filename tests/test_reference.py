@@ -298,7 +298,7 @@ def test_empty(form, causal, shape, rng):
     np.testing.assert_array_equal(state, np.zeros_like(initial))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v", "initial_state"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_nan_stays_in_its_head_and_batch_row(causal, which, value, rng):
@@ -402,7 +402,9 @@ def peak_bytes(function):
 @pytest.mark.parametrize("layout", [np.copy, heads_first, every_other])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_memory_does_not_grow_with_the_length(causal, dtype, layout, rng):
+def test_memory_does_not_grow_with_the_length(causal, dtype, layout, rng, monkeypatch):
+    monkeypatch.setattr(reference, "_num_cores", lambda: 1)  # several may or may not need theirs at one time
+
     def peak(n):
         *inputs, _ = make(rng, n, dtype=dtype, key_dim=32, value_dim=32)
         inputs, out = list(map(layout, inputs)), np.empty_like(inputs[2])
@@ -414,40 +416,44 @@ def test_memory_does_not_grow_with_the_length(causal, dtype, layout, rng):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_memory_beyond_the_state_does_not_grow_with_the_heads(causal, rng):
+def test_memory_beyond_the_state_does_not_grow_with_the_heads(causal, rng, monkeypatch):
+    monkeypatch.setattr(reference, "_num_cores", lambda: 1)
+
     def peak(heads):
         *inputs, _ = make(rng, 65, dtype="float32", heads=heads, key_dim=32, value_dim=32)
         out = np.empty_like(inputs[2])
         state_bytes = 2 * heads * 32 * 32 * 4
         return peak_bytes(lambda: chunked(*inputs, out, causal=causal)) - state_bytes
 
-    assert peak(256) < 1.2 * peak(32 * reference._num_cores()) + 100_000
+    assert peak(256) < peak(32) + 50_000
 
 
 def test_speed(rng):
     """At least 35 % of the rate of a large matrix product, on the machine at hand.
 
-    Counted are the products of the algorithm for chunks of C tokens, a token and head: 2 d^2 for each of q S and
-    k^T v, and of the C^2 scores and their product with v only the causal half, C d for each. The masked half, which
-    is computed too, counts as time alone. Best of alternating runs, as other work on the machine slows some.
+    Counted are the products of the algorithm with chunks of C tokens: for a token and head 2 d^2 for each of q S and
+    k^T v, and C d, the causal half, for each of q k^T and its product with v. All else is time alone. The best of
+    alternating runs count, for other work on the machine slows some.
     """
     n, heads, dim, chunk = 8192, 16, 128, 64
     q, k, v = (rng.standard_normal((n, heads, dim), dtype=np.float32) for _ in range(3))
     a, b = (rng.standard_normal((2048, 2048), dtype=np.float32) for _ in range(2))
     slopes = np.exp2(-8 * np.arange(1, heads + 1) / heads)
     out, product = np.empty_like(v), np.empty_like(a)
-    num_flops = n * heads * (4 * dim**2 + 2 * chunk * dim)
+    num_flops, num_flops_of_product = n * heads * (4 * dim**2 + 2 * chunk * dim), 2 * 2048**3
 
-    def seconds(function):
+    def seconds(function, *arguments, **options):
+        time.sleep(0.1)  # until the threads of an earlier product no longer wait for more work in a busy loop
         start = time.perf_counter()
-        function()
+        function(*arguments, **options)
         return time.perf_counter() - start
 
-    product_seconds = attention_seconds = math.inf
-    for _ in range(40):
-        product_seconds = min(product_seconds, seconds(lambda: np.matmul(a, b, out=product)))
-        attention_seconds = min(attention_seconds, seconds(lambda: chunked(q, k, v, out, slopes=slopes, chunk=chunk)))
-        share = num_flops / attention_seconds / (2 * 2048**3 / product_seconds)
-        if _ >= 4 and share >= 0.35:
+    best = best_of_product = math.inf
+    for run in range(40):
+        best_of_product = min(best_of_product, seconds(np.matmul, a, b, out=product))
+        best = min(best, seconds(chunked, q, k, v, out, slopes=slopes, chunk=chunk))
+        share = num_flops / best / (num_flops_of_product / best_of_product)
+        if run >= 4 and share >= 0.35:
             break
-    assert share >= 0.35, f"{share:.0%} of {2 * 2048**3 / product_seconds / 1e9:.0f} GFLOP/s"
+    print(f"{best * 1e3:.0f} ms, {share:.1%} of {num_flops_of_product / best_of_product / 1e9:.0f} GFLOP/s")
+    assert share >= 0.35
