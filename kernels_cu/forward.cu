@@ -190,6 +190,10 @@ __device__ __forceinline__ float inter_block(Outputs& o, const Shared& shared, i
     for (int i = 0; i < 4; i++) {
       const float* pair = &state[2 * tile + i % 2][i / 2 * 2];
       float2 exact = {pair[0] * factor, pair[1] * factor};
+      if constexpr (!kCausal) {  // S stays the same, but high and low kept beside it would take twice its registers
+        forget_origin(exact.x);
+        forget_origin(exact.y);
+      }
       high[i] = pack<kBfloat16Operands>(exact.x, exact.y);
       float2 rounded = unpack<kBfloat16Operands>(high[i]);
       low[i] = pack<kBfloat16Operands>(exact.x - rounded.x, exact.y - rounded.y);

@@ -114,3 +114,6 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
   }
   return pair;
 }
+
+// No instruction: hides where a value came from, so that nothing computed from it is moved out of a loop.
+__device__ __forceinline__ void forget_origin(float& x) { asm volatile("" : "+f"(x)); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import itertools
 import multiprocessing
 import os
@@ -155,7 +156,7 @@ def test_cubin_without_a_cache_stands_in_a_file_while_it_is_loaded():
 
 def test_failed_write_leaves_nothing(cache, monkeypatch):
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.warns(RuntimeWarning, match="disk full"):

@@ -491,7 +491,9 @@ def test_torch_tensors(rng, torch, dtype):
     q, k, v = (normal(rng, (2, 300, 3, 64), dtype) for _ in range(3))
     expected, expected_state = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
     tensors = [to_torch(torch, x) for x in (q, k, v)]
-    o, state = lightning_attention(*tensors, slopes=torch.full((3,), 0.1, dtype=torch.float64, device="cuda"), return_state=True)
+    o, state = lightning_attention(
+        *tensors, slopes=torch.full((3,), 0.1, dtype=torch.float64, device="cuda"), return_state=True
+    )
     assert o.dtype == tensors[0].dtype
     assert o.device == state.device == tensors[0].device
     assert relative_rms(o.double().cpu(), expected) <= BOUNDS[dtype]
