@@ -88,6 +88,13 @@ __device__ __forceinline__ void multiply(Vector (&sums)[kRows], const Real* left
   }
 }
 
+// As many of a thread's rows of S as one load brings keys for.
+constexpr int kKeys = kStateRows % kVector == 0 ? kVector : 2;
+struct alignas(kKeys * sizeof(Real)) Keys {
+  Real element[kKeys];
+};
+static_assert(kStateRows % kKeys == 0, "forward.py: the rows of the state do not divide");
+
 // S = decay^n S + kT (decay^(n-1-j) v): each thread has kStateRows rows, a vector of columns.
 __device__ __forceinline__ void update_state(Shared& shared, int x, int y, int num_tokens, Real decay, Real decay_low) {
   Real sums[kStateRows][kVector] = {};
@@ -97,10 +104,13 @@ __device__ __forceinline__ void update_state(Shared& shared, int x, int y, int n
 #pragma unroll
     for (int e = 0; e < kVector; e++) v.element[e] *= weight;
 #pragma unroll
-    for (int i = 0; i < kStateRows; i++) {
-      Real k = shared.k[token][y * kStateRows + i];
+    for (int first = 0; first < kStateRows; first += kKeys) {
+      Keys k = *reinterpret_cast<const Keys*>(&shared.k[token][y * kStateRows + first]);
 #pragma unroll
-      for (int e = 0; e < kVector; e++) sums[i][e] += k * v.element[e];
+      for (int i = 0; i < kKeys; i++) {
+#pragma unroll
+        for (int e = 0; e < kVector; e++) sums[first + i][e] += k.element[i] * v.element[e];
+      }
     }
   }
 #pragma unroll

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
+import threading
 from types import ModuleType
 from typing import Any, cast
 
@@ -161,6 +162,7 @@ def lend(name: str, borrowed: View, stream: int) -> View:
 
 # Arrays of libraries whose streams are unknown, each with the event behind the work that reads it.
 _in_use: collections.deque[tuple[Any, Any]] = collections.deque()
+_in_use_lock = threading.Lock()
 
 
 def end_loan(borrowed: View, stream: int) -> None:
@@ -175,9 +177,10 @@ def end_loan(borrowed: View, stream: int) -> None:
         event = cupy.cuda.Event(disable_timing=True)
         event.record(cupy.cuda.Stream.from_external(StreamHandle(stream)))
         if borrowed.kind == "dlpack":
-            while _in_use and _in_use[0][0].done:
-                _in_use.popleft()
-            _in_use.append((event, borrowed.owner))
+            with _in_use_lock:
+                while _in_use and _in_use[0][0].done:
+                    _in_use.popleft()
+                _in_use.append((event, borrowed.owner))
         else:
             cupy.cuda.Stream.from_external(StreamHandle(stream_of(borrowed))).wait_event(event)
 

@@ -432,28 +432,25 @@ def test_speed(rng):
     """At least 35 % of the rate of a large matrix product, on the machine at hand.
 
     Counted are the products of the algorithm with chunks of C tokens: for a token and head 2 d^2 for each of q S and
-    k^T v, and C d, the causal half, for each of q k^T and its product with v. All else is time alone. The best of
-    alternating runs count, for other work on the machine slows some.
+    k^T v, and C d, the causal half, for each of q k^T and its product with v. All else is time alone. The share is
+    the median of runs in turn, each against the product just before it, as other work on the machine slows some.
     """
     n, heads, dim, chunk = 8192, 16, 128, 64
     q, k, v = (rng.standard_normal((n, heads, dim), dtype=np.float32) for _ in range(3))
     a, b = (rng.standard_normal((2048, 2048), dtype=np.float32) for _ in range(2))
     slopes = np.exp2(-8 * np.arange(1, heads + 1) / heads)
     out, product = np.empty_like(v), np.empty_like(a)
-    num_flops, num_flops_of_product = n * heads * (4 * dim**2 + 2 * chunk * dim), 2 * 2048**3
+    work, work_of_product = n * heads * (4 * dim**2 + 2 * chunk * dim), 2 * 2048**3
 
-    def seconds(function, *arguments, **options):
-        time.sleep(0.1)  # until the threads of an earlier product no longer wait for more work in a busy loop
+    def rate(flops, function, *arguments, **options):
+        time.sleep(0.1)  # until the threads of an earlier product no longer wait for more in a busy loop
         start = time.perf_counter()
         function(*arguments, **options)
-        return time.perf_counter() - start
+        return flops / (time.perf_counter() - start)
 
-    best = best_of_product = math.inf
-    for run in range(40):
-        best_of_product = min(best_of_product, seconds(np.matmul, a, b, out=product))
-        best = min(best, seconds(chunked, q, k, v, out, slopes=slopes, chunk=chunk))
-        share = num_flops / best / (num_flops_of_product / best_of_product)
-        if run >= 4 and share >= 0.35:
-            break
-    print(f"{best * 1e3:.0f} ms, {share:.1%} of {num_flops_of_product / best_of_product / 1e9:.0f} GFLOP/s")
-    assert share >= 0.35
+    shares = []
+    while len(shares) < 5 or (len(shares) < 40 and np.median(shares) < 0.35):
+        attainable = rate(work_of_product, np.matmul, a, b, out=product)
+        shares.append(rate(work, chunked, q, k, v, out, slopes=slopes, chunk=chunk) / attainable)
+    print("SHARE", len(shares), np.round(np.median(shares),3), max(shares), attainable/1e9)
+    assert np.median(shares) >= 0.35, f"{attainable / 1e9:.0f} GFLOP/s are attainable; shares of it were {shares}"
