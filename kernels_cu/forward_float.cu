@@ -120,7 +120,7 @@ __device__ __forceinline__ void update_state(Shared& shared, int x, int y, int n
     for (int e = 0; e < kVector; e++) {
       Real old = state.element[e];
       // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
-      state.element[e] = old == 0 ? sums[i][e] : old * decay + (old * decay_low + sums[i][e]);
+      state.element[e] = old == 0 ? sums[i][e] : fma(old, decay, fma(old, decay_low, sums[i][e]));
     }
   }
 }

@@ -321,10 +321,11 @@ def test_nan_stays_in_its_head_and_batch_row(causal, which, value, rng):
     np.testing.assert_array_equal(state, clean_state)
 
 
-def test_steep_slopes_raise_no_floating_point_error(rng):
+@pytest.mark.parametrize("form", FORMS)
+def test_steep_slopes_overflow_nowhere(form, rng):
     *inputs, state = make(rng, 150, dtype="float32")
-    with np.errstate(all="raise"):
-        o, _ = chunked(*inputs, slopes=100.0, initial_state=state)
+    with np.errstate(all="raise", under="raise" if form is chunked else "ignore"):
+        o, _ = form(*inputs, slopes=100.0, initial_state=state)
     assert np.isfinite(o).all()
 
 
@@ -433,7 +434,7 @@ def test_speed(rng):
 
     Counted are the products of the algorithm with chunks of C tokens: for a token and head 2 d^2 for each of q S and
     k^T v, and C d, the causal half, for each of q k^T and its product with v. All else is time alone. The share is
-    the median of runs in turn, each against the product just before it, as other work on the machine slows some.
+    the median of turns, each the best of three runs against as many products, as other work on the machine slows some.
     """
     n, heads, dim, chunk = 8192, 16, 128, 64
     q, k, v = (rng.standard_normal((n, heads, dim), dtype=np.float32) for _ in range(3))
@@ -444,13 +445,15 @@ def test_speed(rng):
 
     def rate(flops, function, *arguments, **options):
         time.sleep(0.1)  # until the threads of an earlier product no longer wait for more in a busy loop
-        start = time.perf_counter()
-        function(*arguments, **options)
-        return flops / (time.perf_counter() - start)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            function(*arguments, **options)
+            best = min(best, time.perf_counter() - start)
+        return flops / best
 
     shares = []
-    while len(shares) < 5 or (len(shares) < 40 and np.median(shares) < 0.35):
+    while len(shares) < 3 or (len(shares) < 20 and np.median(shares) < 0.35):
         attainable = rate(work_of_product, np.matmul, a, b, out=product)
         shares.append(rate(work, chunked, q, k, v, out, slopes=slopes, chunk=chunk) / attainable)
-    print("SHARE", len(shares), np.round(np.median(shares),3), max(shares), attainable/1e9)
     assert np.median(shares) >= 0.35, f"{attainable / 1e9:.0f} GFLOP/s are attainable; shares of it were {shares}"
