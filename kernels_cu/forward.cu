@@ -34,6 +34,8 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SMEM_BYTES, "forward.py: smem_bytes is smaller than Shared");
 
+constexpr float kFloatMax = 3.402823466e+38f;
+
 // What one in a tile stands for: 1, but for tiles that were converted to float16.
 struct Units {
   float q = 1, k = 1, v = 1;
@@ -43,8 +45,8 @@ struct Units {
 __device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float((268 - exponent) << 23); }
 __device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
 __device__ __forceinline__ int exponent_of(float x) { return __float_as_uint(x) >> 23 & 0xff; }
-// Units of scores and states stay above 2^-54, so that dividing by them cannot overflow.
-__device__ __forceinline__ int score_exponent(float largest) { return max(exponent_of(largest), 87); }
+// Units stay above 2^-54, so that dividing by them overflows for numbers beyond 2^74 only; that of zeros is 1.
+__device__ __forceinline__ int unit_exponent(float largest) { return largest == 0 ? 141 : max(exponent_of(largest), 87); }
 
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #pragma unroll
@@ -57,7 +59,8 @@ __device__ __forceinline__ uint32_t largest_bits(const uint16_t (&tile)[kChunk][
   uint32_t largest = 0;
 #pragma unroll 1
   for (int idx = threadIdx.x; idx < kChunk * kCols; idx += kThreads) {
-    largest = max(largest, tile[idx / kCols][idx % kCols] & 0x7fffu);
+    uint32_t bits = tile[idx / kCols][idx % kCols] & 0x7fffu;
+    largest = max(largest, bits < 0x7f80u ? bits : 0);  // an infinity or NaN is no reason to lose all else
   }
   return warp_max(largest);
 }
@@ -73,9 +76,10 @@ __device__ __forceinline__ void to_float16(uint16_t (&tile)[kChunk][kPitch], flo
 }
 
 // bfloat16 tiles to float16 ones in place, with a power of two for each tile: exact for all elements that are at
-// least 2^-30 of the tile's largest.
+// least 2^-30 of the tile's largest, and 2^-54.
 __device__ __forceinline__ Units convert_tiles(Shared& shared) {
-  constexpr int kLeast = 101;  // 2^-26: keeps the product of two units, by which the state is divided, above 2^-80
+  // 2^-26: keeps the product of two units, by which the state is divided, above 2^-80. Zeros have unit 1.
+  constexpr int kLeast = 101;
   int warp = threadIdx.x / 32;
   uint32_t largest[3] = {kOutputs ? largest_bits<kQkDim>(shared.q[0]) : 0,
                          kCausal ? largest_bits<kQkDim>(shared.k[0]) : 0,
@@ -86,7 +90,7 @@ __device__ __forceinline__ Units convert_tiles(Shared& shared) {
   for (int i = 0; i < 3; i++) {
     uint32_t bits = 0;
     for (int other = 0; other < kWarps; other++) bits = max(bits, shared.tile_max[i][other]);
-    exponents[i] = max(static_cast<int>(bits >> 7), kLeast);
+    exponents[i] = bits == 0 ? 141 : max(static_cast<int>(bits >> 7), kLeast);
   }
   if (kOutputs) to_float16<kQkDim>(shared.q[0], to_unit(exponents[0]));
   if (kCausal) to_float16<kQkDim>(shared.k[0], to_unit(exponents[1]));
@@ -112,10 +116,9 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
       mma_16x8x16<kBfloat16Operands>(p[2 * tile + 1], q, k[2], k[3]);
     }
   }
-  // decay^(i-j) = decay^(i-i0) decay^(i0-j) in front of the diagonal tile, with i0 its first row: both exponents
-  // are positive, so nothing overflows that the recurrence would not.
+  // decay^(i-j) = decay^(i-i0) decay^(i0-j) in front of the diagonal tile, with i0 its first row: neither exponent
+  // is negative, so a decay never grows; slopes below -88 / kChunk may make it infinite.
   float row_decay[2] = {scale * shared.decay[lane / 4], scale * shared.decay[lane / 4 + 8]};
-  float largest[2] = {0, 0};
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; tile++) {
     if (tile < warp) {
@@ -133,7 +136,9 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
       }
     }
   }
+  float factor[2] = {1, 1};
   if constexpr (!kBfloat16Operands) {
+    float largest[2] = {0, 0};
 #pragma unroll
     for (int tile = 0; tile < 2 * kRowTiles; tile++) {
 #pragma unroll
@@ -141,15 +146,12 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
         if (tile / 2 <= warp) largest[i / 2] = fmaxf(largest[i / 2], fabsf(p[tile][i]));
       }
     }
-  }
-  float factor[2] = {1, 1};
-  if constexpr (!kBfloat16Operands) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], 1));
       largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], 2));
-      factor[i] = to_unit(score_exponent(largest[i]));
-      if (lane % 4 == 0) shared.p_unit[warp * 16 + lane / 4 + i * 8] = from_unit(score_exponent(largest[i]));
+      factor[i] = to_unit(unit_exponent(largest[i]));
+      if (lane % 4 == 0) shared.p_unit[warp * 16 + lane / 4 + i * 8] = from_unit(unit_exponent(largest[i]));
     }
   }
 #pragma unroll
@@ -177,9 +179,12 @@ __device__ __forceinline__ float inter_block(Outputs& o, const Shared& shared, i
 #pragma unroll
     for (int tile = 0; tile < 2 * kQkTiles; tile++) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(state[tile][i]));
+      for (int i = 0; i < 4; i++) {
+        float size = fabsf(state[tile][i]);
+        if (size <= kFloatMax) largest = fmaxf(largest, size);  // an infinity is no reason to lose all else
+      }
     }
-    int exponent = score_exponent(__uint_as_float(warp_max(__float_as_uint(largest))));
+    int exponent = unit_exponent(__uint_as_float(warp_max(__float_as_uint(largest))));
     factor = to_unit(exponent);
     unit = from_unit(exponent);
   }
@@ -244,13 +249,36 @@ __device__ __forceinline__ void intra_block(Outputs& o, const Shared& shared, in
   }
 }
 
+// The largest finite number of this warp's columns of v.
+__device__ __forceinline__ float largest_of_v(const Shared& shared, int stage) {
+  float largest = 0;
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; tile++) {
+    uint32_t v[4];
+    load_v(v, shared, stage, tile);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float2 pair = unpack<kBfloat16Operands>(v[i]);
+      largest = fmaxf(largest, fabsf(pair.x) <= kFloatMax ? fabsf(pair.x) : 0);
+      largest = fmaxf(largest, fabsf(pair.y) <= kFloatMax ? fabsf(pair.y) : 0);
+    }
+  }
+  return __uint_as_float(warp_max(__float_as_uint(largest)));
+}
+
 // S = decay^C S + kT (decay^(C-1-j) v) over `num_tokens` tokens.
 __device__ __forceinline__ void update_state(State& state, const Shared& shared, int stage, int num_tokens,
                                              Units units, bool has_state) {
   int lane = threadIdx.x % 32;
-  // Growing decays would take float16 v out of range: they are put on the accumulators instead.
-  float unit = units.k * units.v * (kBfloat16Operands ? 1.0f : fmaxf(shared.decay[num_tokens - 1], 1.0f));
-  float v_factor = units.k * units.v / unit;
+  // Decayed v is a float16 operand anew: growing decays would take it out of range, and small ones into numbers of
+  // few bits. Both are put on the accumulators instead.
+  float unit = units.k * units.v, v_factor = 1;
+  if constexpr (!kBfloat16Operands) {
+    float growth = fmaxf(shared.decay[num_tokens - 1], 1.0f);
+    int exponent = kConvert ? 141 : unit_exponent(largest_of_v(shared, stage));
+    unit *= growth * from_unit(exponent);
+    v_factor = to_unit(exponent) / growth;
+  }
   float state_factor = has_state ? shared.decay[num_tokens] / unit : 0;  // no 0 * inf from a decay that overflows
 #pragma unroll
   for (int tile = 0; tile < 2 * kQkTiles; tile++) {
@@ -362,7 +390,7 @@ __device__ __forceinline__ void forward_of(const Args<float>& args, Shared& shar
   };
 
   int64_t num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
-  float* exit_state = kCausal ? exit_states<!kOutputs>(args, work) : nullptr;
+  float* exit_state = kCausal ? exit_state_of<!kOutputs>(args, work) : nullptr;
   if constexpr (kStages == 2) load(0, 0);
   for (int64_t chunk_idx = 0; chunk_idx < num_chunks; chunk_idx++) {
     int stage = kStages == 2 ? chunk_idx % 2 : 0;

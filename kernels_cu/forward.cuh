@@ -103,7 +103,7 @@ __device__ __forceinline__ StateView<Accum> entry_state(const Args<Accum>& args,
 
 // Where a block leaves its state: u_s for the scan, or the final state of the only segment.
 template <bool kStatesOnly, class Accum>
-__device__ __forceinline__ Accum* exit_states(const Args<Accum>& args, const Work& work) {
+__device__ __forceinline__ Accum* exit_state_of(const Args<Accum>& args, const Work& work) {
   int64_t head = work.batch_idx * args.num_heads + work.head_idx;
   int64_t state_size = static_cast<int64_t>(args.qk_dim) * args.v_dim;
   if (kStatesOnly) return args.segment_states + (head * args.num_segments + work.segment_idx) * state_size;

@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
       }
     }
     if constexpr (kCausal) {
-      __syncthreads();
+      if constexpr (kOutputs) __syncthreads();  // without outputs no other thread reads this one's rows of S
       if (num_tokens < kChunk) decay = exp(-slope * num_tokens);
       update_state(shared, x, y, num_tokens, static_cast<Real>(decay),
                    static_cast<Real>(isinf(decay) ? 0 : decay - static_cast<Real>(decay)));
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
     __syncthreads();
   }
 
-  Real* exit_state = kCausal ? exit_states<!kOutputs>(args, work) : nullptr;
+  Real* exit_state = kCausal ? exit_state_of<!kOutputs>(args, work) : nullptr;
   if (exit_state != nullptr) {
     for (int idx = threadIdx.x; idx < kQkDim * kVBlock; idx += kThreads) {
       int k_idx = idx / kVBlock, v_idx = idx % kVBlock;

@@ -14,20 +14,29 @@ template <int kRows, int kCols, int kPitch, int kThreads, class Element>
 __device__ __forceinline__ void load_tile(Element* tile, const Element* source, int64_t row_stride,
                                           int64_t col_stride, int num_rows, int num_cols, bool vectorized) {
   if (vectorized) {
-    // A thread keeps its column, so that the next address is one addition away.
-    constexpr int kVector = 16 / sizeof(Element), kVectors = kCols / kVector, kRowsAtOnce = kThreads / kVectors;
-    constexpr bool kAllThreads = kRowsAtOnce * kVectors == kThreads;
-    int row = threadIdx.x / kVectors, col = threadIdx.x % kVectors * kVector;
-    const Element* from = source + row * row_stride + col;
-    uint32_t to = shared_address(&tile[row * kPitch + col]);
-    int rows_left = col < num_cols ? num_rows - row : 0;
-    if (kAllThreads || row < kRowsAtOnce) {
+    constexpr int kVector = 16 / sizeof(Element), kVectors = kCols / kVector;
+    if constexpr (kVectors <= kThreads) {
+      // A thread keeps its column, so that the next address is one addition away.
+      constexpr int kRowsAtOnce = kThreads / kVectors;
+      constexpr bool kAllThreads = kRowsAtOnce * kVectors == kThreads;
+      int row = threadIdx.x / kVectors, col = threadIdx.x % kVectors * kVector;
+      const Element* from = source + row * row_stride + col;
+      uint32_t to = shared_address(&tile[row * kPitch + col]);
+      int rows_left = col < num_cols ? num_rows - row : 0;
+      if (kAllThreads || row < kRowsAtOnce) {
 #pragma unroll
-      for (int first = 0; first < kRows; first += kRowsAtOnce) {
-        if (kRows % kRowsAtOnce == 0 || first + row < kRows) {
-          cp_async_16(to + first * kPitch * sizeof(Element), from, first < rows_left);
+        for (int first = 0; first < kRows; first += kRowsAtOnce) {
+          if (kRows % kRowsAtOnce == 0 || first + row < kRows) {
+            cp_async_16(to + first * kPitch * sizeof(Element), from, first < rows_left);
+          }
+          from += kRowsAtOnce * row_stride;
         }
-        from += kRowsAtOnce * row_stride;
+      }
+    } else {  // a row is longer than one go of all threads
+      for (int idx = threadIdx.x; idx < kRows * kVectors; idx += kThreads) {
+        int row = idx / kVectors, col = idx % kVectors * kVector;
+        bool valid = row < num_rows && col < num_cols;
+        cp_async_16(shared_address(&tile[row * kPitch + col]), source + row * row_stride + col, valid);
       }
     }
   } else {

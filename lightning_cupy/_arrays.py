@@ -5,7 +5,6 @@ NumPy, CuPy and torch arrays are read directly; anything else comes through DLPa
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import sys
 import threading
@@ -134,7 +133,8 @@ def _view_dlpack(name: str, array: Any) -> View:
         import cupy
 
         with cupy.cuda.Device(device_id):
-            borrowed = _view_cupy(name, cupy.from_dlpack(array))
+            # NOTE: CuPy does not tell whether the producer calls its array read-only, as JAX does.
+            borrowed = dataclasses.replace(_view_cupy(name, cupy.from_dlpack(array)), writable=False)
     else:
         raise TypeError(f"{name} is on DLPack device type {device_type}, but the CPU (1) or CUDA (2) is wanted")
     return dataclasses.replace(borrowed, owner=(array, borrowed.owner), kind="dlpack")
@@ -150,18 +150,33 @@ class StreamHandle:
         return 0, self.ptr
 
 
+def _let_wait(device_id: int, waiting: int, awaited: int) -> Any:
+    """Make one stream wait for what is queued on another; return the event behind that."""
+    import cupy
+
+    with cupy.cuda.Device(device_id):
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.Stream.from_external(StreamHandle(awaited)))
+        cupy.cuda.Stream.from_external(StreamHandle(waiting)).wait_event(event)
+    return event
+
+
 def lend(name: str, borrowed: View, stream: int) -> View:
     """Return a CUDA view for work on `stream`, which waits for what its library has queued on its own stream."""
     import cupy
 
-    owner = borrowed.owner[0] if borrowed.kind == "dlpack" else borrowed.owner
+    assert borrowed.device is not None
+    if borrowed.kind != "dlpack":
+        _let_wait(borrowed.device, stream, stream_of(borrowed))
+        return borrowed
+    owner = borrowed.owner[0]
     with cupy.cuda.Device(borrowed.device), cupy.cuda.Stream.from_external(StreamHandle(stream)):
         array = cupy.from_dlpack(owner)
-    return dataclasses.replace(_view_cupy(name, array), owner=(owner, array), kind=borrowed.kind)
+    return dataclasses.replace(_view_cupy(name, array), owner=(owner, array), kind="dlpack")
 
 
 # Arrays of libraries whose streams are unknown, each with the event behind the work that reads it.
-_in_use: collections.deque[tuple[Any, Any]] = collections.deque()
+_in_use: list[tuple[Any, Any]] = []
 _in_use_lock = threading.Lock()
 
 
@@ -173,16 +188,14 @@ def end_loan(borrowed: View, stream: int) -> None:
     """
     import cupy
 
-    with cupy.cuda.Device(borrowed.device):
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record(cupy.cuda.Stream.from_external(StreamHandle(stream)))
-        if borrowed.kind == "dlpack":
-            with _in_use_lock:
-                while _in_use and _in_use[0][0].done:
-                    _in_use.popleft()
-                _in_use.append((event, borrowed.owner))
-        else:
-            cupy.cuda.Stream.from_external(StreamHandle(stream_of(borrowed))).wait_event(event)
+    assert borrowed.device is not None
+    if borrowed.kind != "dlpack":
+        _let_wait(borrowed.device, stream_of(borrowed), stream)
+    elif not cupy.cuda.Stream.from_external(StreamHandle(stream)).is_capturing():  # a graph's owner keeps its arrays
+        event = _let_wait(borrowed.device, stream, stream)
+        with _in_use_lock:
+            _in_use[:] = [loan for loan in _in_use if not loan[0].done]
+            _in_use.append((event, borrowed.owner))
 
 
 def stream_of(borrowed: View) -> int:
@@ -225,8 +238,21 @@ def give_back(result: View, like: View) -> Any:
     """Return an array made by `empty` as one of the caller's library."""
     if like.kind == "dlpack":
         owner = like.owner[0]
-        return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
+        if like.device is None:
+            return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
+        import cupy
+
+        with cupy.cuda.Device(like.device):
+            return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
     return result.owner
+
+
+def note_write(written: View) -> None:
+    """Tell the library that elements of its array have changed, where it wants to know."""
+    if written.kind == "torch":
+        from . import torch
+
+        torch.note_write(written)
 
 
 class _AddressRange:

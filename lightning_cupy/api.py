@@ -91,12 +91,13 @@ def lightning_attention(
     v : array, as k but with its own last axis V, 1 to 256
         Values.
     out : array of q's kind, dtype and device, shape of v, optional
-        Where to write the result, in place; it may have any strides, but must not overlap an input.
+        Where to write the result, in place; it may have any strides, but must not overlap an input. On CUDA, of
+        CuPy or torch only: other DLPack producers do not say whether their arrays may be written.
     slopes : float or ``[num_heads]`` array or sequence of floats, optional
         Decay rates per token, natural: history is multiplied by ``exp(-slope)`` once a token. None is no decay;
         negative slopes grow. Host values must be finite, and an array of them is copied to the GPU once and kept
-        there; values on a GPU are not looked at, which would make the host wait. See
-        :func:`lightning_cupy.slopes` for those of published models.
+        there (slopes that change from call to call belong on the GPU); values on a GPU are not looked at, which
+        would make the host wait. See :func:`lightning_cupy.slopes` for those of published models.
     scale : float, optional
         Factor of ``q k^T``; ``1 / sqrt(K)`` by default.
     causal : bool, default True
@@ -129,7 +130,11 @@ def lightning_attention(
     Notes
     -----
     Sums and states are in float32 (float64 for float64 inputs). The same call on the same kind of GPU gives the
-    same bits. NaN in one batch row or head stays there.
+    same bits. NaN in one batch row or head stays there; like infinity, it reaches the tokens before it in its chunk
+    of at most 64, and everything after it. Slopes so negative that a chunk overflows float32, below -1.38 or so,
+    give infinity or NaN from the first chunk on.
+
+    In a CUDA graph, capture a call that has been made once before, with the same slopes if they are host values.
 
     Examples
     --------
@@ -147,8 +152,8 @@ def lightning_attention(
         name: _arrays.view(name, array) for name, array in arrays.items() if array is not None or name not in optional
     }
     _check_arrays(views)
-    _check_out(views)
     decay = _check_slopes(slopes, views["q"], causal)
+    _check_out(views | ({"slopes": decay} if isinstance(decay, View) else {}))
     scale = _check_scale(scale, views["q"].shape[-1])
 
     on_host = views["q"].device is None
@@ -163,7 +168,11 @@ def lightning_attention(
         o, state = _through_device(views, options)
     else:
         o, state = _on_host(views, options)
-    o = out if out is not None else _arrays.give_back(o, views["q"])
+    if out is None:
+        out = _arrays.give_back(o, views["q"])
+    else:
+        _arrays.note_write(o)
+    o = out
     return (o, _arrays.give_back(state, views["q"])) if state is not None else o
 
 
@@ -206,7 +215,9 @@ def _check_out(views: dict[str, View]) -> None:
     if out.kind != views["q"].kind:
         raise TypeError(f"out must be of q's kind, {views['q'].kind}, but got {out.kind}")
     if not out.writable:
-        raise ValueError("out must be writable, but got a read-only array")
+        unknown = out.kind == "dlpack" and out.device is not None
+        got = "one whose library does not say whether it is" if unknown else "a read-only array"
+        raise ValueError(f"out must be writable, but got {got}")
     if _arrays.overlaps_itself(out):
         raise ValueError(f"out must have an address for each element, but got strides {out.strides} for {out.shape}")
     for name, array in views.items():

@@ -132,6 +132,8 @@ def plan_for(
             wanted_blocks = 1 if stages == 1 or per_sm <= 100 * _KIB else min_blocks
             if smem_bytes <= limit and wanted_blocks * (smem_bytes + _KIB) <= per_sm and stages <= 1 + has_cp_async:
                 break
+        else:
+            raise AssertionError(f"no tiling fits {limit} bytes of shared memory")
         return plan(64, chunk, stages, num_threads=128, smem_bytes=smem_bytes, min_blocks=min_blocks)
     itemsize = _arrays.ITEMSIZES[dtype]
     for chunk, v_block in ((32, 64), (16, 32), (16, 16), (8, 16), (8, 8)):
@@ -139,11 +141,13 @@ def plan_for(
         num_threads = min(chunk, 16) * (v_block * itemsize // 16)  # a vector of columns each
         if smem_bytes <= limit and num_threads <= 256:
             break
+    else:
+        raise AssertionError(f"no tiling fits {limit} bytes of shared memory")
     return plan(v_block, chunk, 1, num_threads=num_threads, smem_bytes=smem_bytes)
 
 
 def blocks_per_sm(plan: ForwardPlan) -> int:
-    """Return how many blocks of a plan one SM holds, by shared memory and threads."""
+    """Estimate how many blocks of a plan one SM holds: by its shared memory, and by registers as planned."""
     _, per_sm_kib = _SMEM_KIB.get(plan.compute_capability, _SMEM_KIB_ELSE)
     by_registers = plan.min_blocks if plan.file == "forward.cu" else 1024 // plan.num_threads
     return max(1, min(per_sm_kib * _KIB // (plan.smem_bytes + _KIB), by_registers))
@@ -292,7 +296,7 @@ def forward(
         if num_segments > 1 or (seqlen and not causal):
             shape = (batch, num_heads, num_segments, qk_dim, v_dim)
             segment_states = _arrays.empty(o, shape, state_dtype)
-            if final_state is None:
+            if final_state is None and not causal:
                 final_state = _arrays.empty(o, (batch, num_heads, qk_dim, v_dim), state_dtype)
 
         args = np.zeros(1, _ARGS)

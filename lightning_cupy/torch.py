@@ -51,6 +51,11 @@ def view(name: str, tensor: torch.Tensor) -> View:
     )
 
 
+def note_write(written: View) -> None:
+    """Tell autograd, which refuses to use a saved tensor that was written since."""
+    torch.autograd.graph.increment_version(written.owner)
+
+
 def current_stream(borrowed: View) -> int:
     """Return torch's current stream on the tensor's device."""
     return int(torch.cuda.current_stream(borrowed.device).cuda_stream)

@@ -63,6 +63,7 @@ def test_every_plan_compiles_without_spills(compiled):
     spills = {plan: spilled_bytes(log) for plan, (log, _) in compiled.items() if plan not in ACCEPTED_SPILLS}
     assert all(spills.values()), "a log without ptxas' report"
     assert {plan: numbers for plan, numbers in spills.items() if any(numbers)} == {}
+    assert {plan: log for plan, (log, _) in compiled.items() if "warning" in log} == {}
 
 
 def test_every_plan_fits_its_architecture(compiled):

@@ -187,31 +187,74 @@ def test_strided_initial_state(rng):
     assert (transposed == before).all()
 
 
+@pytest.fixture
+def plans_of(monkeypatch):
+    """A function that makes this GPU run the plans of an older or smaller one: their instructions all exist here."""
+    real, cubin_path = forward._device_properties, _compile.cubin_path
+
+    def pretend(compute_capability: int) -> None:
+        if compute_capability > real(0)[0]:
+            pytest.skip("this GPU is older")
+        monkeypatch.setattr(forward, "_device_properties", lambda device_id: (compute_capability, real(device_id)[1]))
+        monkeypatch.setattr(_compile, "cubin_path", lambda file, constants, _: cubin_path(file, constants, real(0)[0]))
+        monkeypatch.setattr(_compile, "_kernels", {})
+
+    return pretend
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_large_and_small_magnitudes(rng, dtype):
+@pytest.mark.parametrize("arch", [75, 90])
+def test_large_and_small_magnitudes(rng, dtype, arch, plans_of):
+    plans_of(arch)
     shape = (2000, 2, 64)
-    q, k, v = (rng.standard_normal(shape) * factor for factor in (1e-3, 300, 2000))
-    check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, scale=1e-4)
-    q, k, v = (rng.standard_normal(shape) * factor for factor in (0.01, 0.01, 0.1))
-    check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, slopes=0.3, scale=1.0)
+    for factors, scale in (((1e-3, 300, 2000), 1e-4), ((0.01, 0.01, 0.1), 1.0), ((1.0, 1.0, 1e-5), 100.0)):
+        q, k, v = (rng.standard_normal(shape) * factor for factor in factors)
+        check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, scale=scale)
+        check(*(x.astype(dtype_of(dtype)) for x in (q, k, v)), dtype, slopes=0.3, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_plan_of_turing(rng, dtype, monkeypatch):
-    """The instructions of sm_75 run on every later GPU: its plans are tested with them here."""
-    real, compile_cubin = forward._device_properties, _compile.compile_cubin
-    monkeypatch.setattr(forward, "_device_properties", lambda device_id: (75, real(device_id)[1]))
-    monkeypatch.setattr(
-        _compile, "cubin_path", lambda file, constants, _: compile_cubin(file, constants, real(0)[0])[0]
-    )
-    monkeypatch.setattr(_compile, "_kernels", {})
-    for qk_dim in (64, 256):
-        q, k = (normal(rng, (2, 300, 3, qk_dim), dtype) for _ in range(2))
-        v = normal(rng, (2, 300, 3, 72), dtype)
-        check(q, k, v, dtype, slopes=[0.2, 0.0, -0.01])
-        check(q, k, v, dtype, causal=False)
-        large = (1e6 * x.astype(np.float32) if dtype == "bfloat16" else x for x in (q, k, v))
-        check(*(x.astype(dtype_of(dtype)) for x in large), dtype, slopes=0.1, scale=1e-3)
+@pytest.mark.parametrize("arch", [75, 90])
+def test_infinity_and_nan_leave_other_columns_alone(rng, dtype, arch, plans_of):
+    plans_of(arch)
+    q, k, v = (normal(rng, (200, 2, 64), dtype) for _ in range(3))
+    clean = cupy.asnumpy(lightning_attention(*map(to_gpu, (q, k, v)), slopes=0.01)).astype(np.float64)
+    v[5, 0, 3], v[70, 0, 20] = np.inf, np.nan
+    o = cupy.asnumpy(lightning_attention(*map(to_gpu, (q, k, v)), slopes=0.01)).astype(np.float64)
+    others = np.ones((2, 64), bool)
+    others[0, [3, 20]] = False
+    assert not np.isfinite(o[128:, 0, [3, 20]]).any()
+    assert relative_rms(o[:, others], clean[:, others]) <= 2 * BOUNDS[dtype]
+    q[50, 1, 7] = np.nan
+    o = cupy.asnumpy(lightning_attention(*map(to_gpu, (q, k, v)), slopes=0.01)).astype(np.float64)
+    assert np.isnan(o[50, 1]).all()
+    rows = np.arange(200) != 50
+    assert relative_rms(o[rows, 1], clean[rows, 1]) <= 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("arch", [75, 90])
+def test_zeros_after_a_large_state(rng, arch, plans_of):
+    plans_of(arch)
+    q = normal(rng, (130, 1, 64), "bfloat16")
+    zeros = np.zeros_like(q)
+    state = 1e15 * rng.standard_normal((1, 64, 64)).astype(np.float32)
+    check(q, zeros, zeros, "bfloat16", slopes=0.01, initial_state=state)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "qk_dim"),
+    [
+        *((75, dtype, qk_dim) for dtype in DTYPES for qk_dim in (64, 192, 256)),
+        *((86, dtype, qk_dim) for dtype in DTYPES for qk_dim in (64, 128, 256)),
+        *((80, dtype, 128) for dtype in DTYPES),
+    ],
+)
+def test_plans_of_other_gpus(rng, arch, dtype, qk_dim, plans_of):
+    plans_of(arch)
+    q, k = (normal(rng, (2, 300, 3, qk_dim), dtype) for _ in range(2))
+    v = normal(rng, (2, 300, 3, 72), dtype)
+    check(q, k, v, dtype, slopes=[0.2, 0.0, -0.01])
+    check(q, k, v, dtype, causal=False)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -561,6 +604,31 @@ def test_torch_and_cupy_in_one_call(rng, torch):
             torch.full((500, 2, 64), torch.nan, device="cuda")  # may get the memory of `late`
         assert type(o) is cupy.ndarray
         assert relative_rms(o.get(), expected) <= BOUNDS["float32"]
+
+
+def test_torch_waits_for_cupy(rng, torch):
+    q, k, v = (normal(rng, (500, 2, 64), "float32") for _ in range(3))
+    expected, _ = reference.chunked(q, k, v, slopes=0.1, dtype=np.float64)
+    tensors, source, late = [to_torch(torch, x) for x in (q, v)], to_gpu(k), cupy.zeros_like(to_gpu(k))
+    lightning_attention(tensors[0], late, tensors[1], slopes=0.1)
+    torch.cuda.synchronize()
+    with cupy.cuda.Stream(non_blocking=True):
+        keep_busy(100)
+        late[...] = source
+        o = lightning_attention(tensors[0], late, tensors[1], slopes=0.1)
+        late[...] = cupy.nan  # only after the kernel has read it
+    torch.cuda.synchronize()
+    assert relative_rms(o.cpu(), expected) <= BOUNDS["float32"]
+
+
+def test_torch_out_counts_as_written(rng, torch):
+    q, k, v = (to_torch(torch, normal(rng, (20, 2, 16), "float32")) for _ in range(3))
+    out = torch.ones_like(v)
+    weight = torch.ones_like(v, requires_grad=True)
+    product = weight * out
+    lightning_attention(q, k, v, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_torch_on_second_device(rng, torch):
