@@ -125,7 +125,7 @@ __device__ __forceinline__ void update_state(Shared& shared, int x, int y, int n
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Args<Real> args) {
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const __grid_constant__ Args<Real> args) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   Work work = find_work<kVBlock>(args);

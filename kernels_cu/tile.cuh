@@ -42,7 +42,7 @@ __device__ __forceinline__ void load_tile(Element* tile, const Element* source, 
   } else {
     // Neighbouring threads read along whichever axis is closer together in memory.
     bool along_rows = llabs(row_stride) < llabs(col_stride);
-#pragma unroll kAmpere && kCols <= 128 ? 4 : 1
+#pragma unroll kAmpere && kCols <= 128 ? 2 : 1
     for (int idx = threadIdx.x; idx < kRows * kCols; idx += kThreads) {
       int row = along_rows ? idx % kRows : idx / kCols;
       int col = along_rows ? idx / kRows : idx % kCols;

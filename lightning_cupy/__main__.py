@@ -140,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "backend": arguments.backend,
     }
     # The library refuses what is wrong before it computes; what fits is shown to it without any token.
-    fits = q.ndim in (2, 3, 4) and q.shape[:-1] == k.shape[:-1] == v.shape[:-1]
+    fits = q.ndim in (2, 3, 4) and q.shape == k.shape and q.shape[:-1] == v.shape[:-1]
     shown = (_tokens(array, slice(0, 0)) for array in (q, k, v)) if fits else (q, k, v)
     lightning_attention(*shown, initial_state=state, **options)
 
@@ -284,21 +284,21 @@ def _attend(
 
 
 class _PlainProgress:
-    """What is used of tqdm, where that is not installed: one line on stderr, written over."""
+    """What is used of tqdm, where that is not installed: one line on stderr, written over where it is a terminal."""
 
     def __init__(self, total: int) -> None:
         self.count, self.total = 0, total
 
     def __enter__(self) -> _PlainProgress:
-        self.update(0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        print(file=sys.stderr)
+        print(f"\r{self.count:,} of {self.total:,} tokens", file=sys.stderr)
 
     def update(self, count: int) -> None:
         self.count += count
-        print(f"\r{self.count:,} of {self.total:,} tokens", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{self.count:,} of {self.total:,} tokens", end="", file=sys.stderr, flush=True)
 
 
 def _progress(total: int) -> Any:

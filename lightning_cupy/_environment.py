@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import sys
 import warnings
+from pathlib import Path
 
 MIN_COMPUTE_CAPABILITY = 75
 
@@ -31,6 +32,9 @@ def cupy_wheels() -> list[str]:
 def extra() -> str:
     """The pip command that installs CuPy and NVRTC for the toolkit of the CuPy wheel that is here, or for 12."""
     version = "13" if "cupy-cuda13x" in cupy_wheels() else "12"
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f'pip install -e "{checkout}[cuda{version}x]"'
     return f'pip install "lightning_cupy[cuda{version}x]"'
 
 

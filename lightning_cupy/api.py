@@ -59,6 +59,20 @@ def lightning_attention(
     return_state: Literal[True],
     backend: Backend = "auto",
 ) -> tuple[Array, Array]: ...
+@overload
+def lightning_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array | None = None,
+    *,
+    slopes: float | Sequence[float] | Any | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    return_state: bool,
+    backend: Backend = "auto",
+) -> Array | tuple[Array, Array]: ...
 def lightning_attention(
     q: Any,
     k: Any,
@@ -93,7 +107,7 @@ def lightning_attention(
     out : array of q's kind, dtype and device, shape of v, optional
         Where to write the result, in place; it may have any strides, but must not overlap an input. On CUDA, of
         CuPy or torch only: other DLPack producers do not say whether their arrays may be written.
-    slopes : float or ``[num_heads]`` array or sequence of floats, optional
+    slopes : float, or ``[num_heads]`` array or sequence of floats (on a GPU float32 or float64), optional
         Decay rates per token, natural: history is multiplied by ``exp(-slope)`` once a token. None is no decay;
         negative slopes grow. Host values must be finite, and an array of them is copied to the GPU once and kept
         there (slopes that change from call to call belong on the GPU); values on a GPU are not looked at, which
@@ -106,9 +120,10 @@ def lightning_attention(
         State before the first token, in float32 (float64 for float64 inputs); zeros by default. Not modified.
     return_state : bool, default False
         Whether to return the state behind the last token too.
-    backend : {"auto", "cuda", "cpu"}
-        Where arrays in host memory are computed: "auto" takes the GPU where there is one, and copies in and out.
-        CUDA arrays are computed where they are.
+    backend : {"auto", "cuda", "cpu"}, default "auto"
+        Where arrays in host memory are computed: "auto" takes the GPU where there is one, and copies in and out; it
+        warns, and takes the CPU, where there is one that cannot be used. CUDA arrays are computed where they are,
+        and refuse "cpu".
 
     Returns
     -------
@@ -239,6 +254,10 @@ def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any,
     """Return one slope for all heads, a float64 host array, or a view of a device array."""
     if slopes is None:
         return 0.0
+    if isinstance(slopes, str):
+        raise TypeError(
+            f"slopes must be real numbers, but got {slopes!r}; lightning_cupy.slopes makes those of presets"
+        )
     if not causal:
         raise ValueError("slopes must be None with causal=False: decay needs an order of tokens")
     num_heads = q.shape[-2] if len(q.shape) > 2 else 1

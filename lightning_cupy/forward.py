@@ -70,13 +70,10 @@ class ForwardPlan:
             "NUM_THREADS": self.num_threads,
             "SMEM_BYTES": self.smem_bytes,
             "AMPERE": int(self.compute_capability >= 80),
+            "MIN_BLOCKS": self.min_blocks,
         }
         if self.file == "forward.cu":
-            constants |= {
-                "STAGES": self.stages,
-                "MIN_BLOCKS": self.min_blocks,
-                "BFLOAT16": int(self.dtype == "bfloat16"),
-            }
+            constants |= {"STAGES": self.stages, "BFLOAT16": int(self.dtype == "bfloat16")}
         else:
             constants |= {"ACCUM": self.accum}
         return tuple(constants.items())
@@ -143,14 +140,15 @@ def plan_for(
             break
     else:
         raise AssertionError(f"no tiling fits {limit} bytes of shared memory")
-    return plan(v_block, chunk, 1, num_threads=num_threads, smem_bytes=smem_bytes)
+    # float32 does with 80 registers for each of 256 threads, and more of them would leave fewer blocks.
+    min_blocks = max(1, min(per_sm // (smem_bytes + _KIB), 3)) if dtype == "float32" else 1
+    return plan(v_block, chunk, 1, num_threads=num_threads, smem_bytes=smem_bytes, min_blocks=min_blocks)
 
 
 def blocks_per_sm(plan: ForwardPlan) -> int:
     """Estimate how many blocks of a plan one SM holds: by its shared memory, and by registers as planned."""
     _, per_sm_kib = _SMEM_KIB.get(plan.compute_capability, _SMEM_KIB_ELSE)
-    by_registers = plan.min_blocks if plan.file == "forward.cu" else 1024 // plan.num_threads
-    return max(1, min(per_sm_kib * _KIB // (plan.smem_bytes + _KIB), by_registers))
+    return max(1, min(per_sm_kib * _KIB // (plan.smem_bytes + _KIB), plan.min_blocks))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -28,6 +28,8 @@ __all__ = ["chunked", "quadratic", "recurrent"]
 Array = npt.NDArray[Any]
 Slopes = float | Sequence[float] | Array | None
 
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 # OpenBLAS keeps a product of fewer multiply-adds on the calling thread. Larger ones it shares among all cores
 # under one lock, where threads that each have their own heads wait for one another.
 _SHARED_PRODUCT = 2**19
@@ -74,6 +76,8 @@ def recurrent(
 
     Raises
     ------
+    TypeError
+        For inputs that are no NumPy arrays of one floating-point dtype.
     ValueError
         For slopes other than 0 with ``causal=False``, and for shapes that do not fit together.
     """
@@ -83,7 +87,7 @@ def recurrent(
     queries, keys, values = (array.astype(state.dtype, copy=False) for array in (x.q, x.k, x.v))
     decay = _decay(x.slopes, 1)[:, None, None].astype(state.dtype)
     for t in range(queries.shape[2]):
-        state *= decay
+        np.multiply(state, decay, out=state, where=state != 0)  # no 0 * inf before a growing state has begun
         state += keys[:, :, t, :, None] * values[:, :, t, None, :]
         if causal:
             outputs[:, :, t] = (x.scale * (queries[:, :, t, None, :] @ state))[:, :, 0]
@@ -146,16 +150,33 @@ def chunked(
     Batch rows and heads are spread over the cores, and inputs are converted some chunks at a time. A NaN or an
     infinity in the inputs reaches its own chunk and the tokens after it, never another head or batch row.
 
-    Parameters, results and errors are those of `recurrent`, and:
-
     Parameters
     ----------
-    out : array of o's shape, optional
+    q, k, v, slopes, scale, causal, initial_state, dtype
+        As of `recurrent`: q and k ``(batch, n, heads, K)``, v ``(batch, n, heads, V)``, or all without batch, or
+        without batch and heads.
+    out : array, shape of v, optional
         Where o is written, and then returned; with any strides, but apart from the inputs in memory.
-    chunk : int
-        Tokens in a chunk. Results differ by rounding only.
+    chunk : int, default 64
+        Tokens in a chunk, 1 or more. Results differ by rounding only.
+
+    Returns
+    -------
+    o : array, shape of v
+        In q's dtype, or in `dtype`; `out` itself where it was given.
+    state : array, (batch, heads, K, V) without the leading axes that q lacks
+        In float32 (float64 for float64 inputs), or in `dtype`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `recurrent` does, and for an `out` of another shape or a chunk below 1.
     """
     x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, but got {chunk}")
+    if out is not None and out.shape != v.shape:
+        raise ValueError(f"out must have v's shape {v.shape}, but got {out.shape}")
     o, outputs = _outputs(q, v, dtype) if out is None else (out, _by_head(out))
     batch, heads, n, _ = x.q.shape
     attend = _causal if causal else _bidirectional
@@ -204,6 +225,10 @@ def _problem(
     initial_state: Array | None,
     dtype: npt.DTypeLike | None,
 ) -> _Problem:
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(array, np.ndarray) or array.dtype.name not in _DTYPES or array.dtype != q.dtype:
+            got = getattr(array, "dtype", type(array).__name__)
+            raise TypeError(f"{name} must be a NumPy array in q's dtype, one of {', '.join(_DTYPES)}, but got {got}")
     if q.ndim not in (2, 3, 4) or k.shape != q.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(
             "q, k and v must be (n, d), (n, heads, d) or (batch, n, heads, d), alike but for v's d, "
@@ -211,7 +236,10 @@ def _problem(
         )
     queries, keys, values = map(_by_head, (q, k, v))
     batch, heads, _, key_dim = queries.shape
-    rates = np.broadcast_to(np.asarray(0 if slopes is None else slopes, np.float64), heads)
+    rates = np.asarray(0 if slopes is None else slopes, np.float64)
+    if rates.shape not in ((), (heads,)):
+        raise ValueError(f"slopes must be one number or have shape {(heads,)}, but got {rates.shape}")
+    rates = np.broadcast_to(rates, heads)
     if not causal and rates.any():
         raise ValueError(f"slopes must be None with causal=False, but got {slopes}")
     if dtype is None:
@@ -288,6 +316,8 @@ def _causal(x: _Problem, o: Array, chunk: int) -> None:
         _matmul(queries, keys.swapaxes(-1, -2), scores)
         scores *= mask[..., :size, :size]
         queries *= query_decay[..., :size, :]
+        if not states[:, :, 0].any():
+            queries[:, :, 0] = 0  # no 0 * inf where the decay of a state that has not begun overflows
         keys *= key_decay[..., chunk - size :, :]
         _matmul(keys.swapaxes(-1, -2), values, updates)
         decay = _decay(x.slopes, size)[:, None, None]
@@ -309,7 +339,10 @@ def _advance(state: Array, decay: Array, update: Array, out: Array) -> None:
     rest = decay - factor
     if rest.any():
         update += rest.astype(state.dtype) * state
-    np.multiply(state, factor.astype(state.dtype), out=out)
+    factor = factor.astype(state.dtype)
+    if np.isinf(factor).any():
+        factor = np.where(state == 0, 0, factor)  # no 0 * inf
+    np.multiply(state, factor, out=out)
     out += update
 
 

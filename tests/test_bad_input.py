@@ -216,7 +216,7 @@ ONE_OR_THREE = r"^slopes must be one number or have shape \(3,\), but got "
         (np.array([0.1, 0.2, np.inf], np.float32), ValueError, "^slopes must be finite, but got .*inf"),
         (-np.inf, ValueError, "^slopes must be finite, but got -inf"),
         ([1j, 2j, 3j], TypeError, "^slopes must be real numbers, but got complex128"),
-        ("fla", TypeError, "^slopes must be real numbers, but got <U3"),
+        ("fla", TypeError, "^slopes must be real numbers, but got 'fla'"),
         (True, TypeError, "^slopes must be real numbers, but got bool"),
         ({0: 0.1}, TypeError, "^slopes must be real numbers, but got object"),
         ([None] * 3, TypeError, "^slopes must be real numbers, but got object"),

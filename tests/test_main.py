@@ -299,13 +299,22 @@ def test_run_progress_by_tqdm(save, capsys):
     assert captured.out.startswith("o.npy: float32 (300, 3, 8), 300 tokens in ")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize(("options", "total"), [([], 300), (["--non-causal"], 600)])
-def test_run_progress_without_tqdm(save, capsys, monkeypatch, options, total):
+def test_run_progress_without_tqdm(save, capsys, monkeypatch, options, total, terminal):
     save()
     monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert run("--tokens-per-block", 200, *options) == 0
-    steps = [f"{count} of {total} tokens" for count in (0, 200, 300, 500, 600) if count <= total]
-    assert capsys.readouterr().err == "".join(f"\r{step}" for step in steps) + "\n"
+    steps = [f"{count} of {total} tokens" for count in (200, 300, 500, 600) if count <= total]
+    assert capsys.readouterr().err == "".join(f"\r{step}" for step in (*steps[: 9 * terminal], steps[-1])) + "\n"
+
+
+def test_run_names_the_shapes_of_the_files(save, capsys):
+    save()
+    np.save("k.npy", np.zeros((300, 3, 5), np.float32))
+    assert run() == 2
+    assert "error: k has shape (300, 3, 5), but q has (300, 3, " in capsys.readouterr().err
 
 
 # run: what it refuses

@@ -334,7 +334,7 @@ def test_steep_slopes_overflow_nowhere(form, rng):
     ("bad", "message"),
     [
         ({"slopes": 0.1, "causal": False}, r"slopes must be None with causal=False, but got 0\.1"),
-        ({"slopes": [0.1, 0.2]}, "shape"),
+        ({"slopes": [0.1, 0.2]}, r"slopes must be one number or have shape \(4,\), but got \(2,\)"),
         ({"q": np.zeros(16)}, r"q, k and v must be .* but have shapes \(16,\), \(5, 4, 16\) and \(5, 4, 24\)"),
         ({"k": np.zeros((6, 4, 16))}, r"shapes \(5, 4, 16\), \(6, 4, 16\) and \(5, 4, 24\)"),
         ({"v": np.zeros((5, 1, 24))}, r"shapes \(5, 4, 16\), \(5, 4, 16\) and \(5, 1, 24\)"),
@@ -345,6 +345,35 @@ def test_errors(form, bad, message):
     arguments = {"q": np.zeros((5, 4, 16)), "k": np.zeros((5, 4, 16)), "v": np.zeros((5, 4, 24))}
     with pytest.raises(ValueError, match=message):
         form(**arguments | bad)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [np.zeros((5, 4, 16), int), np.zeros((5, 4, 16), np.float32), [[[0.0]]]])
+def test_inputs_of_one_floating_point_dtype(form, bad):
+    with pytest.raises(TypeError, match="k must be a NumPy array in q's dtype, one of float16, bfloat16"):
+        form(np.zeros((5, 4, 16)), bad, np.zeros((5, 4, 24)))
+
+
+def test_chunk_and_out_are_checked():
+    array = np.zeros((5, 4, 16))
+    with pytest.raises(ValueError, match="chunk must be 1 or more, but got 0"):
+        reference.chunked(array, array, array, chunk=0)
+    with pytest.raises(ValueError, match=r"out must have v's shape \(5, 4, 16\), but got \(5, 4, 15\)"):
+        reference.chunked(array, array, array, array[..., 1:])
+
+
+@pytest.mark.parametrize("slopes", [-5, -100])
+def test_growth_beyond_float32_spoils_only_what_it_reaches(slopes):
+    q, k, v = np.ones((3, 100, 1, 4), np.float32)
+    with np.errstate(over="ignore"):
+        exact, _ = reference.recurrent(q, k, v, slopes=slopes, dtype=np.float64)
+        o, _ = reference.chunked(q, k, v, slopes=slopes)
+        by_token, _ = reference.recurrent(q, k, v, slopes=slopes)
+    representable = np.abs(exact) < 1e37
+    assert representable.any()
+    assert np.isfinite(o[representable]).all()
+    assert relative_rms(o[representable], exact[representable]) <= 1e-5  # one rounding of an exponent of 88
+    assert np.isfinite(by_token[representable]).all()
 
 
 @st.composite
