@@ -6,11 +6,13 @@
 //
 // A block has one (batch, head, segment) and kVBlock columns of v; each of its four warps keeps 16 columns of S in
 // float registers for the whole segment, transposed, because the accumulators of ST are, register for register, the
-// right operands of q S. There S goes in as the sum of two 16-bit numbers, which leaves three roundings in an
-// output: P or decayed v, and the result itself. Decays scale accumulators wherever the algebra allows it.
+// right operands of q S. There S goes in as the sum of two 16-bit numbers, which leaves two roundings in either
+// part of an output: that of P or of decayed v, and that of the result. Decays scale accumulators wherever the
+// algebra allows it.
 //
-// float16 has little range: rows of P and each warp's S are scaled by powers of two, which is exact. On sm_75
-// bfloat16 tiles become float16 tiles times a power of two. Constants come as -D from lightning_cupy/forward.py.
+// float16 has little range: rows of P, and each warp's S and decayed v, are scaled by powers of two, which is exact.
+// On sm_75 bfloat16 tiles become float16 tiles times a power of two. Constants come as -D from
+// lightning_cupy/forward.py.
 #include "forward.cuh"
 
 constexpr int kQkDim = QK_DIM, kVBlock = V_BLOCK, kChunk = CHUNK, kStages = STAGES, kThreads = NUM_THREADS;
@@ -348,7 +350,9 @@ __device__ __forceinline__ void store_outputs(const Args<float>& args, uint16_t*
   }
 }
 
-__device__ __forceinline__ void forward_of(const Args<float>& args, Shared& shared) {
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const __grid_constant__ Args<float> args) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   Work work = find_work<kVBlock>(args);
   if (!work.exists) return;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -461,9 +465,4 @@ __device__ __forceinline__ void forward_of(const Args<float>& args, Shared& shar
       }
     }
   }
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const __grid_constant__ Args<float> args) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  forward_of(args, *reinterpret_cast<Shared*>(shared_bytes));
 }
