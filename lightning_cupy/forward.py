@@ -140,8 +140,8 @@ def plan_for(
             break
     else:
         raise AssertionError(f"no tiling fits {limit} bytes of shared memory")
-    # float32 does with 80 registers for each of 256 threads, and more of them would leave fewer blocks.
-    min_blocks = max(1, min(per_sm // (smem_bytes + _KIB), 3)) if dtype == "float32" else 1
+    # float32 does with 80 registers for each of 256 threads, with 128 where a thread has more rows of state.
+    min_blocks = max(1, min(per_sm // (smem_bytes + _KIB), 3 if qk_dim <= 64 else 2)) if dtype == "float32" else 1
     return plan(v_block, chunk, 1, num_threads=num_threads, smem_bytes=smem_bytes, min_blocks=min_blocks)
 
 
