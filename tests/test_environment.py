@@ -290,3 +290,12 @@ def test_a_detached_tensor(torch):
     arguments = tensors(torch)
     detached = {name: tensor.requires_grad_().detach() for name, tensor in arguments.items()}
     assert lightning_attention(**detached, backend="cpu") is detached["out"]
+
+
+def test_a_gpu_older_than_turing(monkeypatch):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    volta = types.SimpleNamespace(compute_capability="70", attributes={"MultiProcessorCount": 80})
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device_id: volta)
+    forward._device_properties.cache_clear()
+    with pytest.raises(RuntimeError, match=r"compute capability 7\.5 or later wanted, but CUDA device 3 has 7\.0"):
+        forward._device_properties(3)

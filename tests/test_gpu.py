@@ -1,4 +1,7 @@
-"""The kernels against the float64 reference, and what a call promises about devices, streams and memory."""
+"""The kernels against the float64 reference, and what a call promises about devices, streams and memory.
+
+One file of more than 500 lines, so that all that a GPU must show is run, and read, in one place.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""lightning_attention on host arrays, on the CPU, against the recurrence in float64."""
+"""lightning_attention on host arrays, on the CPU, against the recurrence in float64.
+
+More than 500 lines, as all that the public function promises without a GPU stands here, beside its helpers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line: what it computes, prints, refuses, and leaves on disk."""
+"""The command line: what it computes, prints, refuses, and leaves on disk.
+
+More than 500 lines, as each command is tried with what a person may get wrong about it.
+"""
 
 from __future__ import annotations
 
