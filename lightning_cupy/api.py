@@ -184,11 +184,11 @@ def lightning_attention(
     else:
         o, state = _on_host(views, options)
     if out is None:
-        out = _arrays.give_back(o, views["q"])
+        result = _arrays.give_back(o, views["q"])
     else:
         _arrays.note_write(o)
-    o = out
-    return (o, _arrays.give_back(state, views["q"])) if state is not None else o
+        result = out
+    return (result, _arrays.give_back(state, views["q"])) if state is not None else result
 
 
 def _check_arrays(views: dict[str, View]) -> None:
@@ -245,9 +245,13 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a real number, but got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, but got {scale}")
-    return float(scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, but got {value}")
+    return value
 
 
 def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any, Any] | View:

@@ -246,6 +246,7 @@ def test_slopes_without_causal(slopes):
         (np.ones(3), TypeError, "must be a real number, but got ndarray"),
         (np.nan, ValueError, "must be finite, but got nan"),
         (np.float32(-np.inf), ValueError, "must be finite, but got -inf"),
+        (10**400, ValueError, "must be finite, but got inf"),
     ],
 )
 def test_scale(scale, error, message):
