@@ -55,8 +55,8 @@ __device__ __forceinline__ Work find_work(const Args<Accum>& args) {
   return work;
 }
 
-template <class Accum>
-__device__ __forceinline__ double slope_of(const Args<Accum>& args, int64_t head_idx) {
+template <class Args>
+__device__ __forceinline__ double slope_of(const Args& args, int64_t head_idx) {
   if (args.slopes == nullptr) return args.slope;
   int64_t offset = head_idx * args.slopes_stride;
   return args.slopes_are_double ? static_cast<const double*>(args.slopes)[offset]

@@ -115,5 +115,6 @@ __device__ __forceinline__ float2 unpack(uint32_t packed) {
   return pair;
 }
 
-// No instruction: hides where a value came from, so that nothing computed from it is moved out of a loop.
+// No instruction: hides where a value came from, so that nothing computed from it is moved ahead, or itself behind.
 __device__ __forceinline__ void forget_origin(float& x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void forget_origin(uint32_t& x) { asm volatile("" : "+r"(x)); }

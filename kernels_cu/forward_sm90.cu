@@ -1,0 +1,799 @@
+// Forward for float16 and bfloat16 on Hopper, at the speed of memory. For each chunk of 64 tokens, transposed:
+//
+//   P  = scale (q kT) * decay^(i-j) below the diagonal             by the scores warpgroup, to shared memory
+//   oT = scale decay^(i+1) (ST qT) + vT PT                         64 columns of v a warpgroup
+//   ST = decay^64 ST + (decay^(63-j) vT) k
+//
+// ST stays in float registers: as an accumulator its layout is, register for register, that of a left operand of
+// wgmma, so ST qT needs no trip through shared memory. Roundings to 16 bits: P, ST (as an operand only) and the
+// result; decayed v is the sum of two 16-bit numbers, so that states are exact to about 2^-17. HIGH=1 splits P and ST
+// too, and leaves the rounding of the result.
+//
+// A block is a producer warpgroup, of which one thread feeds TMA and one for each group stores, the scores warpgroup,
+// and V_GROUPS warpgroups for the state and outputs: stages of one pipeline, and so in one file. They hand tiles on
+// through mbarriers. Without SPLIT a block walks one
+// (batch, head, 64 V_GROUPS columns of v), a row, from the first token to the last. With it a team of blocks does, a
+// segment of the sequence each: first the states that their segments add (k and v), then, exchanged through memory,
+// each a slice of the elements, the states in front of the segments, then the outputs. Blocks wait for each other, so
+// all must be resident: forward_sm90.py launches cooperatively.
+//
+// float16 has little range: rows of P, and rows of ST and of decayed vT, are scaled by powers of two, which is exact.
+#include "forward_sm90.cuh"
+
+constexpr int kQkDim = QK_DIM, kGroups = V_GROUPS, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
+constexpr bool kBfloat16 = BFLOAT16, kSplit = SPLIT, kHigh = HIGH;
+constexpr int kChunk = 64, kQkBlocks = kQkDim / 64, kThreads = 128 * (2 + kGroups);
+constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kGroups == 1 ? 128 : 80;
+constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
+static_assert(kQkDim % 64 == 0 && 128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
+              "one swizzled block is 64 columns; an SM has 65536 registers");
+
+struct Shared {
+  alignas(1024) Tile q[kStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
+  Tile p[2][kHigh ? 2 : 1];
+  Tile o[kGroups][kOutputBuffers];
+  float p_unit[2][kChunk], p_to_unit[2][kChunk];  // float16: what one in a row of p stands for, and its inverse
+  float o_decay[kGroups][kChunk];                 // scale decay^(i+1)
+  // decay^(num_tokens-1-j) of pairs of tokens as high + low, relative to the largest; of a whole chunk, and the last.
+  uint2 v_decay[kGroups][2][kChunk / 2];
+  float state_decay[kGroups][2], v_growth[kGroups][2];  // decay^num_tokens; the largest of v_decay, at least 1
+  float segment_decay[kGroups];                         // decay^segment_length
+  // Of a stage: q and k for the scores, v (and k, for states alone) have arrived; all have been used. Of p, o likewise.
+  uint64_t qk_full[kStages], v_full[kStages], empty[kStages], p_full[2], p_empty[2];
+  uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
+};
+static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
+
+// Where TMA and wgmma put the 16 bytes `vector` of a row.
+__device__ __forceinline__ void* swizzled(Tile& tile, int row, int vector) {
+  return &tile[row][(vector ^ row % 8) * 8];
+}
+
+// What a block does next: a pass over a segment of a row, for its state or for its outputs.
+struct Pass {
+  int row, batch_idx, head_idx, v_block, first_token, num_tokens;
+  bool outputs;
+
+  __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
+};
+
+// A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
+struct Schedule {
+  const HopperArgs& args;
+  int team, num_teams, member, num_rows;
+
+  __device__ __forceinline__ explicit Schedule(const HopperArgs& args) : args(args) {
+    team = kSplit ? blockIdx.x / args.team_size : blockIdx.x;
+    member = kSplit ? blockIdx.x % args.team_size : 0;
+    num_teams = kSplit ? gridDim.x / args.team_size : gridDim.x;
+    num_rows = kSplit ? (args.num_rows - team + num_teams - 1) / num_teams : 1;
+  }
+
+  // With SPLIT, two for each row: its state, its outputs.
+  __device__ __forceinline__ int num_passes() const { return kSplit ? 2 * num_rows : 1; }
+
+  __device__ __forceinline__ Pass operator[](int idx) const {
+    Pass pass;
+    pass.outputs = !kSplit || idx % 2 == 1;
+    pass.row = kSplit ? team + idx / 2 * num_teams : team;
+    int head = pass.row / args.num_v_blocks;
+    pass.v_block = pass.row - head * args.num_v_blocks;
+    pass.batch_idx = head / args.num_heads;
+    pass.head_idx = head - pass.batch_idx * args.num_heads;
+    pass.first_token = kSplit ? min(member * args.segment_length, args.seqlen) : 0;
+    pass.num_tokens = kSplit ? min(args.segment_length, args.seqlen - pass.first_token) : args.seqlen;
+    if (!pass.outputs && member == args.team_size - 1) pass.num_tokens = 0;  // nothing is behind it
+    return pass;
+  }
+};
+
+// Stages in the order in which all warpgroups go through them, and the parity of the next wait for each.
+struct Ring {
+  int stage = 0;
+  uint32_t parities = 0;
+
+  __device__ __forceinline__ void advance() { stage = stage + 1 == kStages ? 0 : stage + 1; }
+  __device__ __forceinline__ void skip(int count) { stage = (stage + count) % kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return parities >> stage & 1; }
+  __device__ __forceinline__ void flip() { parities ^= 1u << stage; }
+};
+
+// 2^14 to 2^15 is where the largest number of a float16 operand is put; `exponent` is a biased float exponent.
+__device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float((268 - exponent) << 23); }
+__device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
+// Units stay between 2^-54 and 2^112; that of zeros is 1.
+__device__ __forceinline__ int unit_exponent(float largest) {
+  int exponent = __float_as_uint(largest) >> 23 & 0xff;
+  return largest == 0 ? 141 : min(max(exponent, 87), 253);
+}
+// The largest of four neighbouring lanes, which hold one row of an accumulator.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// `high + low` is the pair to about 16 bits (float16: 22).
+__device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, float y) {
+  high = pack<kBfloat16>(x, y);
+  float2 rounded = unpack<kBfloat16>(high);
+  low = pack<kBfloat16>(x - rounded.x, y - rounded.y);
+}
+
+__device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
+  prefetch_tensor_map(args.q);
+  prefetch_tensor_map(args.k);
+  prefetch_tensor_map(args.v);
+  Ring ring;
+  for (int idx = 0; idx < schedule.num_passes(); idx++) {
+    Pass pass = schedule[idx];
+    int head = pass.head_idx, batch = pass.batch_idx;
+    for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance()) {
+      mbarrier_wait(shared.empty[ring.stage], ring.parity() ^ 1);
+      ring.flip();
+      int stage = ring.stage, token = pass.first_token + chunk * kChunk;
+      uint64_t& v_full = shared.v_full[stage];
+      uint64_t& k_full = pass.outputs ? shared.qk_full[stage] : v_full;
+      if (pass.outputs) mbarrier_arrive_expect_tx(shared.qk_full[stage], 2 * kQkBlocks * kTileBytes);
+      mbarrier_arrive_expect_tx(v_full, (kGroups + (pass.outputs ? 0 : kQkBlocks)) * kTileBytes);
+#pragma unroll
+      for (int block = 0; block < kQkBlocks; block++) {
+        if (pass.outputs) tma_load(shared.q[stage][block], args.q, k_full, block * 64, token, head, batch);
+        tma_load(shared.k[stage][block], args.k, k_full, block * 64, token, head, batch);
+      }
+#pragma unroll
+      for (int group = 0; group < kGroups; group++) {
+        int dim = (pass.v_block * kGroups + group) * 64;
+        tma_load(shared.v[stage][group], args.v, v_full, dim, token, head, batch);
+      }
+    }
+  }
+}
+
+// Stores the outputs of a group.
+__device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, const Schedule& schedule, int group) {
+  prefetch_tensor_map(args.o);
+  int num_stores = 0;
+  for (int idx = 0; idx < schedule.num_passes(); idx++) {
+    Pass pass = schedule[idx];
+    if (!pass.outputs) continue;
+    for (int chunk = 0; chunk < pass.num_chunks(); chunk++, num_stores++) {
+      int buffer = num_stores % kOutputBuffers;
+      mbarrier_wait(shared.o_full[group][buffer], num_stores / kOutputBuffers % 2);
+      tma_store(args.o, shared.o[group][buffer], (pass.v_block * kGroups + group) * 64,
+                pass.first_token + chunk * kChunk, pass.head_idx, pass.batch_idx);
+      tma_store_commit();
+      tma_store_wait_read<kOutputBuffers - 1>();
+      if (num_stores >= kOutputBuffers - 1) {
+        mbarrier_arrive(shared.o_empty[group][(num_stores + 1) % kOutputBuffers]);
+      }
+    }
+  }
+  tma_store_wait_read<0>();
+}
+
+constexpr int kStateSize = kGroups * kQkDim * 64;  // of a row, padded
+constexpr int kGroupBarrier = 1;
+
+// States behind the team's segments but the last, [team_size - 1, kStateSize]: first what each segment adds, then what
+// there is. Rows take turns between two, since a block may be at the next row while another still reads.
+__device__ __forceinline__ float* states_of(const Schedule& schedule, int row_idx) {
+  int64_t num_states = schedule.args.team_size - 1;
+  return schedule.args.workspace + (schedule.team * 2 + row_idx % 2) * num_states * kStateSize;
+}
+
+// The groups of all blocks of a team come to a point: they wait until `count` have added to a counter.
+__device__ __forceinline__ void meet_team(uint32_t* counter, uint32_t count, int barrier) {
+  __threadfence();
+  named_barrier(barrier, 128);
+  if (threadIdx.x % 128 == 0) {
+    add_release(counter, 1);
+    while (load_acquire(counter) < count) __nanosleep(20);
+  }
+  named_barrier(barrier, 128);
+}
+
+// In place, what segments add becomes the states behind them: this block's slice of the elements, kWidth of them a
+// thread at a time. What counts is how many loads are under way.
+template <int kWidth, int kAhead>
+__device__ __forceinline__ void scan(const Schedule& schedule, float* states, int group, float decay) {
+  const int num_states = schedule.args.team_size - 1;
+  const int per_member = (kStateSize / kWidth + num_states) / (num_states + 1);
+  const int end = min(kStateSize / kWidth, (schedule.member + 1) * per_member);
+  uint32_t thread = group * 128 + threadIdx.x % 128;
+  forget_origin(thread);
+#pragma unroll 1
+  for (int idx = schedule.member * per_member + thread; idx < end; idx += 128 * kGroups) {
+    float* state = states + idx * kWidth;
+    float x[kWidth] = {};
+#pragma unroll 1
+    for (int num_left = num_states; num_left > 0; num_left -= kAhead) {
+      float added[kAhead][kWidth];
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+        if (i < num_left) load_l2(added[i], state + i * kStateSize);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+        if (i < num_left) {
+#pragma unroll
+          for (int e = 0; e < kWidth; e++) {
+            // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
+            x[e] = (x[e] == 0 ? 0 : decay * x[e]) + added[i][e];
+          }
+          store_l2(state + i * kStateSize, x);
+        }
+      }
+      state += kAhead * kStateSize;
+    }
+  }
+}
+
+// P of all chunks of a pass.
+__device__ __forceinline__ void scores(Shared& shared, const Pass& pass, Ring& ring, int& p_uses,
+                                       const float (&factor)[32]) {
+  int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance()) {
+    int stage = ring.stage;
+    mbarrier_wait(shared.qk_full[stage], ring.parity());
+    ring.flip();
+    float p[32];
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kQkDim / 16; step++) {
+      wgmma_64x64x16<kBfloat16, false, false>(p, wgmma_descriptor(shared.q[stage][step / 4], step % 4 * 32),
+                                              wgmma_descriptor(shared.k[stage][step / 4], step % 4 * 32), step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (lane == 0) mbarrier_arrive(shared.empty[stage]);
+#pragma unroll
+    for (int i = 0; i < 32; i++) p[i] *= factor[i];
+
+    int buffer = p_uses % 2;
+    mbarrier_wait(shared.p_empty[buffer], p_uses / 2 % 2 ^ 1);
+    p_uses++;
+    if constexpr (!kBfloat16) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float largest = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) largest = fmaxf(largest, fabsf(p[i / 2 * 4 + half * 2 + i % 2]));
+        int exponent = unit_exponent(row_max(largest));
+#pragma unroll
+        for (int i = 0; i < 16; i++) p[i / 2 * 4 + half * 2 + i % 2] *= to_unit(exponent);
+        if (lane % 4 == 0) {
+          shared.p_unit[buffer][warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
+          shared.p_to_unit[buffer][warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
+        }
+      }
+    }
+    int row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {  // of 8 columns
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float x = p[pair * 8 + i * 2], y = p[pair * 8 + i * 2 + 1];
+        if constexpr (kHigh) {
+          split(high[i], low[i], x, y);
+        } else {
+          high[i] = pack<kBfloat16>(x, y);
+        }
+      }
+      stmatrix_x4(swizzled(shared.p[buffer][0], row, pair * 2 + lane / 16), high);
+      if constexpr (kHigh) stmatrix_x4(swizzled(shared.p[buffer][1], row, pair * 2 + lane / 16), low);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.p_full[buffer]);
+  }
+}
+
+__device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
+  int thread = threadIdx.x % 128, lane = thread % 32, first_row = thread / 32 * 16 + lane / 4;
+  Ring ring;
+  int p_uses = 0;
+  for (int idx = 0; idx < schedule.num_passes(); idx++) {
+    Pass pass = schedule[idx];
+    if (pass.outputs) {
+      float factor[32];
+      double slope = slope_of(args, pass.head_idx);
+      float scale = static_cast<float>(args.scale);
+#pragma unroll
+      for (int i = 0; i < 32; i++) {
+        int distance = first_row + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
+        float decay = expf(static_cast<float>(-slope * max(distance, 0)));
+        factor[i] = distance >= 0 ? scale * decay : 0;
+      }
+      scores(shared, pass, ring, p_uses, factor);
+    } else {
+      ring.skip(pass.num_chunks());
+    }
+  }
+}
+
+using State = float[kQkDim / 2];
+
+// What one in the two rows of a thread stands for; always 1 in bfloat16.
+struct RowUnits {
+  float unit[2] = {1, 1};
+};
+
+// 16 tokens of this warp's 16 columns of v, transposed: a left operand.
+__device__ __forceinline__ void load_v(uint32_t (&v)[4], Tile& tile, int step) {
+  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  ldmatrix_x4_trans(v, swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+}
+
+// decay^(num_tokens-1-j) v of a chunk as high + low: left operands.
+struct DecayedV {
+  uint32_t high[4][4], low[4][4];
+};
+
+// In units of its own; `state_factor` is what a state is to be multiplied by, for the chunk's decay and to have these
+// units. `which` is 1 for the last, shorter chunk of a sequence.
+__device__ __forceinline__ void decay_v(DecayedV& result, float (&state_factor)[2], RowUnits& units, Shared& shared,
+                                        int stage, int group, int which) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < 4; step++) load_v(result.high[step], shared.v[stage][group], step);
+  state_factor[0] = state_factor[1] = shared.state_decay[group][which];
+  if constexpr (!kBfloat16) {
+    // Rows of v are brought near 2^14, as far as a float16 factor goes: decayed, their low part has less to lose.
+    uint32_t factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        largest = largest_of_half_pairs(largest, result.high[i / 2][i % 2 * 2 + half] & 0x7fff7fff);
+      }
+      float2 pair = unpack<false>(largest);
+      int exponent = __float_as_uint(row_max(fmaxf(pair.x, pair.y))) >> 23;
+      int up = min(max(141 - exponent, -14), 15);
+      factor[half] = (up + 15) * 0x04000400;
+      float unit = shared.v_growth[group][which] * __uint_as_float((127 - up) << 23);
+      state_factor[half] *= units.unit[half] / unit;
+      units.unit[half] = unit;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      result.high[i / 4][i % 4] = multiply_pairs<false>(result.high[i / 4][i % 4], factor[i % 2]);
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint2 decay = shared.v_decay[group][which][step * 8 + i / 2 * 4 + lane % 4];
+      uint32_t v = result.high[step][i], high = multiply_pairs<kBfloat16>(v, decay.x);
+      // What rounding left of the product is exact; then that of the decay.
+      uint32_t low = multiply_add_pairs<kBfloat16>(v, decay.x, negate_pairs<kBfloat16>(high));
+      result.high[step][i] = high;
+      result.low[step][i] = multiply_add_pairs<kBfloat16>(v, decay.y, low);
+    }
+  }
+}
+
+__device__ __forceinline__ void scale_state(State& state, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) {
+    state[i] *= factor[i / 2 % 2];
+    forget_origin(state[i]);  // now: behind the next product ptxas would wait for it first
+  }
+}
+
+// state += decayed vT k
+__device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    uint64_t k_step = wgmma_descriptor(k, step * 2048);
+    wgmma_transposed<kBfloat16>(state, v.high[step], k_step);
+    wgmma_transposed<kBfloat16>(state, v.low[step], k_step);
+  }
+  wgmma_commit();
+}
+
+// What to multiply the state by so that its rows, as operands, stay in range; `units` become those of the products.
+__device__ __forceinline__ void put_in_range(float (&factor)[2], RowUnits& units, const State& state) {
+  factor[0] = factor[1] = 1;
+  if constexpr (!kBfloat16) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float largest = 0;
+#pragma unroll
+      for (int i = 0; i < kQkDim / 4; i++) largest = fmaxf(largest, fabsf(state[i / 2 * 4 + half * 2 + i % 2]));
+      int exponent = unit_exponent(row_max(largest));
+      factor[half] = to_unit(exponent);
+      units.unit[half] *= from_unit(exponent);
+    }
+  }
+}
+
+// ST as left operands of `kSteps` products, 16 columns of q and k each.
+template <int kSteps>
+struct StateOperands {
+  uint32_t high[kSteps][4], low[kHigh ? kSteps : 1][4];
+
+  __device__ __forceinline__ StateOperands(const State& state, int first_step, const float (&factor)[2]) {
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float* pair = &state[(first_step + step) * 8 + i * 2];
+        float x = pair[0] * factor[i % 2], y = pair[1] * factor[i % 2];
+        if constexpr (kHigh) {
+          split(high[step][i], low[step][i], x, y);
+        } else {
+          high[step][i] = pack<kBfloat16>(x, y);
+        }
+      }
+    }
+  }
+};
+
+// o (+)= ST qT over these columns of q and k.
+template <int kSteps>
+__device__ __forceinline__ void inter_block(float (&o)[32], const StateOperands<kSteps>& state, int first_step,
+                                            Tile (&q)[kQkBlocks]) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; step++) {
+    uint64_t q_step = wgmma_descriptor(q[(first_step + step) / 4], (first_step + step) % 4 * 32);
+    wgmma_64x64x16<kBfloat16>(o, state.high[step], q_step, first_step + step > 0);
+    if constexpr (kHigh) wgmma_64x64x16<kBfloat16>(o, state.low[step], q_step, 1);
+  }
+  wgmma_commit();
+}
+
+__device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32]) {
+  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int pair = 0; pair < 4; pair++) {  // of 8 tokens
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) packed[i] = pack<kBfloat16>(o[pair * 8 + i * 2], o[pair * 8 + i * 2 + 1]);
+    stmatrix_x4_trans(swizzled(tile, pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), packed);
+  }
+}
+
+// What registers have room for: operands of q S at once or in turn; outputs of two chunks.
+constexpr bool kInTurn = kHigh || kQkDim == 256, kOverlap = kGroups == 1 && kQkDim <= 128 && !kHigh;
+
+// One warpgroup: state and outputs of 64 columns of v.
+struct Group {
+  Shared& shared;
+  const HopperArgs& args;
+  const int group, thread = threadIdx.x % 128, lane = threadIdx.x % 32, barrier = kGroupBarrier + group;
+  Ring ring;  // its parities are those of v_full
+  uint32_t qk_parities = 0;
+  int num_outputs = 0;  // chunks
+  State state;
+  RowUnits units;
+
+  __device__ __forceinline__ void set_decay(double slope) {
+    auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
+    named_barrier(barrier, 128);
+    if (thread < kChunk) {
+      shared.o_decay[group][thread] = static_cast<float>(args.scale) * power(thread + 1);
+      int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (args.seqlen - 1) % kChunk + 1;
+      float growth = kBfloat16 ? 1 : fmaxf(power(num_tokens - 1), 1.0f);
+      float decay[2];
+      // Behind the end there are zeros, which no decay may make NaN.
+      for (int i = 0; i < 2; i++) decay[i] = power(max(num_tokens - 1 - 2 * pair - i, 0)) / growth;
+      uint2& packed = shared.v_decay[group][which][pair];
+      split(packed.x, packed.y, decay[0], decay[1]);
+      if (pair == 0) {
+        shared.state_decay[group][which] = power(num_tokens);
+        shared.v_growth[group][which] = growth;
+      }
+    }
+    if (kSplit && thread == kChunk) shared.segment_decay[group] = power(args.segment_length);
+    named_barrier(barrier, 128);
+  }
+
+  __device__ __forceinline__ int first_v(const Pass& pass) const { return (pass.v_block * kGroups + group) * 64; }
+
+  // NOTE: here and below, where the thread's number goes into indices its origin is forgotten, or the compiler would
+  // make the indices of all states once, in front of everything, and keep a hundred registers for them all the while.
+  __device__ __forceinline__ void load_initial_state(const Pass& pass, bool exists) {
+#pragma unroll
+    for (int i = 0; i < kQkDim / 2; i++) state[i] = 0;
+    units = {};
+    if (!exists) return;  // once: a branch for each element costs microseconds of fetching instructions
+    uint32_t same_thread = thread;
+    forget_origin(same_thread);
+#pragma unroll
+    for (int i = 0; i < kQkDim / 2; i++) {
+      state[i] = initial(args, pass.batch_idx, pass.head_idx, StateIndex(first_v(pass), i, same_thread));
+    }
+  }
+
+  __device__ __forceinline__ void store_final_state(const Pass& pass) {
+    uint32_t same_thread = thread;
+    forget_origin(same_thread);
+#pragma unroll
+    for (int i = 0; i < kQkDim / 2; i++) {
+      store_final(args, pass.batch_idx, pass.head_idx, StateIndex(first_v(pass), i, same_thread),
+                  state[i] * units.unit[i / 2 % 2]);
+    }
+  }
+
+  __device__ __forceinline__ void load_segment_state(const float* from) {
+    from += group * (kQkDim * 64);
+#pragma unroll
+    for (int quad = 0; quad < kQkDim / 8; quad++) {
+      float x[4];
+      load_l2(x, from + (quad * 128 + thread) * 4);
+#pragma unroll
+      for (int i = 0; i < 4; i++) state[quad * 4 + i] = x[i];
+    }
+    units = {};
+  }
+
+  __device__ __forceinline__ void store_segment_state(float* to) {
+    to += group * (kQkDim * 64);
+#pragma unroll
+    for (int quad = 0; quad < kQkDim / 8; quad++) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = state[quad * 4 + i] * units.unit[i / 2];
+      store_l2(to + (quad * 128 + thread) * 4, x);
+    }
+  }
+
+  __device__ __forceinline__ void take_v(DecayedV& v, float (&state_factor)[2], RowUnits& units, const Ring& ring,
+                                         int num_tokens_left) {
+    mbarrier_wait(shared.v_full[ring.stage], ring.parity());
+    decay_v(v, state_factor, units, shared, ring.stage, group, num_tokens_left < kChunk);
+  }
+
+  // The state of a segment alone. While the product of a chunk is under way, v of the next is made; behind the last
+  // that chunk's again, for nothing: ptxas gives up overlapping products where a branch is among them.
+  __device__ __forceinline__ void add_segment(const Pass& pass) {
+    int num_chunks = pass.num_chunks();
+    if (num_chunks == 0) return;
+    DecayedV v[2];
+    float state_factor[2];
+    auto step = [&](int chunk, DecayedV& v, DecayedV& next) {
+      int stage = ring.stage;
+      scale_state(state, state_factor);
+      update_state(state, v, shared.k[stage]);
+      bool is_last = chunk + 1 == num_chunks;
+      Ring next_ring = ring;
+      next_ring.flip();
+      next_ring.advance();
+      if (is_last) next_ring = ring;
+      RowUnits next_units = units;
+      take_v(next, state_factor, next_units, next_ring, is_last ? 0 : pass.num_tokens - (chunk + 1) * kChunk);
+      if (!is_last) units = next_units;
+      wgmma_wait<0>();
+      // The first group arrives for the scores warpgroup, which has no part in this.
+      if (lane == 0) mbarrier_arrive(shared.empty[stage], group == 0 ? 2 : 1);
+      ring.flip();
+      ring.advance();
+    };
+    take_v(v[0], state_factor, units, ring, pass.num_tokens);
+    for (int chunk = 0; chunk < num_chunks; chunk += 2) {
+      step(chunk, v[0], v[1]);
+      if (chunk + 1 < num_chunks) step(chunk + 1, v[1], v[0]);
+    }
+  }
+
+  // Begin o = ST qT and the next state.
+  __device__ __forceinline__ void begin(float (&o)[32], RowUnits& o_units, const Pass& pass, int chunk) {
+    constexpr int kSteps = kQkDim / 16;
+    int stage = ring.stage;
+    DecayedV v;
+    float range_factor[2], state_factor[2];
+    o_units = units;
+    int num_tokens_left = pass.num_tokens - chunk * kChunk;
+    if constexpr (!kInTurn) take_v(v, state_factor, units, ring, num_tokens_left);
+    mbarrier_wait(shared.qk_full[stage], qk_parities >> stage & 1);
+    qk_parities ^= 1u << stage;
+    put_in_range(range_factor, o_units, state);
+    if constexpr (kInTurn) {
+      constexpr int kStepsAtOnce = kHigh && kQkDim == 256 ? 4 : kSteps / 2;
+#pragma unroll
+      for (int first_step = 0; first_step < kSteps; first_step += kStepsAtOnce) {
+        inter_block(o, StateOperands<kStepsAtOnce>(state, first_step, range_factor), first_step, shared.q[stage]);
+        wgmma_wait<0>();
+      }
+      take_v(v, state_factor, units, ring, num_tokens_left);
+      scale_state(state, state_factor);
+    } else {
+      StateOperands<kSteps> operands(state, 0, range_factor);
+      scale_state(state, state_factor);
+      inter_block(o, operands, 0, shared.q[stage]);
+    }
+    ring.flip();
+    update_state(state, v, shared.k[stage]);
+  }
+
+  // o = scale decay^(i+1) o + vT PT, begun.
+  __device__ __forceinline__ void add_intra_block(float (&o)[32], const RowUnits& o_units) {
+    int buffer = num_outputs % 2;
+    float2 factors[8];
+#pragma unroll
+    for (int pair = 0; pair < 8; pair++) {
+      factors[pair] = *reinterpret_cast<const float2*>(&shared.o_decay[group][pair * 8 + lane % 4 * 2]);
+    }
+    mbarrier_wait(shared.p_full[buffer], num_outputs / 2 % 2);
+#pragma unroll
+    for (int pair = 0; pair < 8; pair++) {
+      int token = pair * 8 + lane % 4 * 2;
+      float2 factor = factors[pair];
+      if constexpr (!kBfloat16) {
+        float2 to_unit = *reinterpret_cast<const float2*>(&shared.p_to_unit[buffer][token]);
+        factor.x *= to_unit.x;
+        factor.y *= to_unit.y;
+      }
+      o[pair * 4] *= factor.x * o_units.unit[0];
+      o[pair * 4 + 1] *= factor.y * o_units.unit[0];
+      o[pair * 4 + 2] *= factor.x * o_units.unit[1];
+      o[pair * 4 + 3] *= factor.y * o_units.unit[1];
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      uint64_t v_step = wgmma_descriptor(shared.v[ring.stage][group], step * 2048);
+#pragma unroll
+      for (int part = 0; part < (kHigh ? 2 : 1); part++) {
+        uint64_t p_step = wgmma_descriptor(shared.p[buffer][part], step * 32);
+        wgmma_64x64x16<kBfloat16, true, false>(o, v_step, p_step, 1);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Give back what the products of a chunk, now complete, have used, and store its outputs.
+  __device__ __forceinline__ void finish(float (&o)[32], int stage) {
+    int buffer = num_outputs % 2;
+    if constexpr (!kBfloat16) {
+#pragma unroll
+      for (int pair = 0; pair < 8; pair++) {
+        float2 unit = *reinterpret_cast<const float2*>(&shared.p_unit[buffer][pair * 8 + lane % 4 * 2]);
+        o[pair * 4] *= unit.x;
+        o[pair * 4 + 1] *= unit.y;
+        o[pair * 4 + 2] *= unit.x;
+        o[pair * 4 + 3] *= unit.y;
+      }
+    }
+    __syncwarp();
+    if (lane == 0) {
+      mbarrier_arrive(shared.empty[stage]);
+      mbarrier_arrive(shared.p_empty[buffer]);
+    }
+    int o_buffer = num_outputs % kOutputBuffers;
+    mbarrier_wait(shared.o_empty[group][o_buffer], num_outputs / kOutputBuffers % 2 ^ 1);
+    num_outputs++;
+    store_outputs(shared.o[group][o_buffer], o);
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.o_full[group][o_buffer]);
+  }
+
+  __device__ __forceinline__ void compute_outputs(const Pass& pass) {
+    int num_chunks = pass.num_chunks();
+    if (num_chunks == 0) return;
+    RowUnits o_units;
+    if constexpr (kOverlap) {
+      // While products of a chunk are under way, outputs of the last are stored.
+      float o[2][32];
+      int chunk = 0;
+      auto step = [&](float (&o)[32], float (&next_o)[32]) {
+        int stage = ring.stage;
+        wgmma_wait<1>();
+        add_intra_block(o, o_units);
+        wgmma_wait<1>();
+        ring.advance();
+        begin(next_o, o_units, pass, chunk + 1);
+        wgmma_wait<2>();
+        chunk++;
+        finish(o, stage);
+      };
+      auto last_step = [&](float (&o)[32]) {
+        wgmma_wait<1>();
+        add_intra_block(o, o_units);
+        wgmma_wait<0>();
+        finish(o, ring.stage);
+        ring.advance();
+      };
+      begin(o[0], o_units, pass, 0);
+      while (true) {
+        if (chunk + 1 == num_chunks) {
+          last_step(o[0]);
+          break;
+        }
+        step(o[0], o[1]);
+        if (chunk + 1 == num_chunks) {
+          last_step(o[1]);
+          break;
+        }
+        step(o[1], o[0]);
+      }
+    } else {
+      for (int chunk = 0; chunk < num_chunks; chunk++) {
+        float o[32];
+        begin(o, o_units, pass, chunk);
+        wgmma_wait<1>();
+        add_intra_block(o, o_units);
+        wgmma_wait<0>();
+        finish(o, ring.stage);
+        ring.advance();
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, const Schedule& schedule,
+                                       int group_idx) {
+  Group group = {shared, args, group_idx};
+  const int member = schedule.member;
+  for (int idx = 0; idx < schedule.num_passes(); idx++) {
+    Pass pass = schedule[idx];
+    if (!kSplit || !pass.outputs) group.set_decay(slope_of(args, pass.head_idx));
+    if (kSplit && pass.outputs && member > 0) {
+      group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
+    } else {
+      group.load_initial_state(pass, args.initial_state != nullptr && (!kSplit || member == 0));
+    }
+    if (pass.outputs) {
+      group.compute_outputs(pass);
+      if (args.final_state != nullptr && (!kSplit || member == args.team_size - 1)) group.store_final_state(pass);
+    } else if constexpr (kSplit) {
+      group.add_segment(pass);
+      float* states = states_of(schedule, idx / 2);
+      if (member < args.team_size - 1) group.store_segment_state(states + member * kStateSize);
+      uint32_t* counters = args.counters + schedule.team * 2;
+      uint32_t count = (idx / 2 + 1) * args.team_size * kGroups;
+      meet_team(&counters[0], count, group.barrier);
+      if (args.team_size <= 32) {
+        scan<4, 4>(schedule, states, group_idx, shared.segment_decay[group_idx]);
+      } else {
+        scan<1, 16>(schedule, states, group_idx, shared.segment_decay[group_idx]);
+      }
+      meet_team(&counters[1], count, group.barrier);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ HopperArgs args) {
+  extern __shared__ unsigned char shared_bytes[];
+  // Swizzled tiles start at multiples of 1024 bytes.
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + (-shared_address(shared_bytes) & 1023));
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; stage++) {
+      mbarrier_init(shared.qk_full[stage], 1);
+      mbarrier_init(shared.v_full[stage], 1);
+      mbarrier_init(shared.empty[stage], 4 * (kGroups + 1));
+    }
+    for (int buffer = 0; buffer < 2; buffer++) {
+      mbarrier_init(shared.p_full[buffer], 4);
+      mbarrier_init(shared.p_empty[buffer], 4 * kGroups);
+    }
+    for (int group = 0; group < kGroups; group++) {
+      for (int buffer = 0; buffer < kOutputBuffers; buffer++) {
+        mbarrier_init(shared.o_full[group][buffer], 4);
+        mbarrier_init(shared.o_empty[group][buffer], 1);
+      }
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  Schedule schedule(args);
+  int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    decrease_registers<kProducerRegisters>();
+    int warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) produce(shared, args, schedule);
+    if (warp >= 1 && warp <= kGroups && threadIdx.x % 32 == 0) store(shared, args, schedule, warp - 1);
+  } else if (warpgroup == 1) {
+    decrease_registers<kScoresRegisters>();
+    score_passes(shared, args, schedule);
+  } else {
+    increase_registers<kGroupRegisters>();
+    attend(shared, args, schedule, warpgroup - 2);
+  }
+}
