@@ -1,4 +1,4 @@
-"""The command line: python -m lightning_cupy demo | run | info | cache."""
+"""The command line: python -m lightning_cupy demo | run | bench | info | cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -20,7 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from . import __version__, _compile, _environment, conventions
+from . import __version__, _compile, _environment, bench, conventions
+from ._progress import progress
 from .api import lightning_attention
 from .demo import BOUNDS, demo, in_bytes
 
@@ -36,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 when the demo's error is above its bound; 130 when interrupted; 2 with one line on stderr for what the
-        user can mend, as argparse does.
+        0; 1 when an error that the demo or the bench finds is above its bound; 130 when interrupted; 2 with one
+        line on stderr for what the user can mend, as argparse does.
     """
     arguments = _parser().parse_args(argv)
+    arguments.words = sys.argv[1:] if argv is None else argv
     try:
         return int(arguments.command(arguments))
     except (TypeError, ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -96,6 +99,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens-per-block", type=_count, metavar="N", help="default: about 64 MiB of arrays a block")
     _add_backend(sub)
 
+    sub = add("bench", _bench, "time an op on the GPU beside the floor that memory sets and beside other packages")
+    sub.add_argument("op", nargs="?", choices=["forward"], default="forward", help="default: forward")
+    sub.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        metavar="B,H,N,D",
+        help="batch,heads,tokens,head_dim, and v's head_dim as a fifth where it differs (default: a table of them)",
+    )
+    sub.add_argument("--dtype", nargs="+", choices=BOUNDS, default=["bfloat16"], help="default: bfloat16")
+    sub.add_argument(
+        "--against",
+        type=lambda text: [] if text == "none" else text.split(","),
+        metavar="P",
+        help=f"other packages, joined by commas, or none (default: {','.join(bench.PEERS)})",
+    )
+    sub.add_argument(
+        "--slopes", default="lightning2", metavar="S", help="a number for all heads, or a preset (default: lightning2)"
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, which takes matplotlib")
+    sub.add_argument("--quick", action="store_true", help="a few shapes, and only what is timed at once")
     add("info", _info, "print versions, devices, the cache, and what is missing with the command that mends it")
     sub = add("cache", _cache, "print the folder and size of the compiled kernels, or clear them")
     sub.add_argument("action", nargs="?", choices=["clear"], help="delete them; they are compiled again when needed")
@@ -115,6 +140,15 @@ def _count(text: str) -> int:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, but got {text!r}")
+
+
+def _shape(text: str) -> bench.Shape:
+    try:
+        return bench.Shape.of(*map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"batch,heads,tokens,head_dim[,v_dim], whole numbers from 1, are wanted, but got {text!r}"
+        ) from None
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -152,10 +186,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     seqlen = q.shape[-3] if q.ndim > 2 else q.shape[0]
     blocks = _blocks(seqlen, arguments.tokens_per_block or _default_block(seqlen, q, k, v, v))
+    num_steps = seqlen if options["causal"] else 2 * seqlen
     start = time.perf_counter()
-    with _complete_or_absent(targets) as paths, _progress(seqlen if options["causal"] else 2 * seqlen) as progress:
+    with _complete_or_absent(targets) as paths, progress(num_steps, "tokens") as bar:
         o = _create(paths[0], v.shape, q.dtype)
-        state = _attend(q, k, v, o.view(q.dtype), state, blocks, options, progress)
+        state = _attend(q, k, v, o.view(q.dtype), state, blocks, options, bar)
         o.flush()
         for path in paths[1:]:
             with path.open("xb") as stream:
@@ -262,7 +297,7 @@ def _attend(
     state: Array | None,
     blocks: Sequence[slice],
     options: dict[str, Any],
-    progress: Any,
+    bar: Any,
 ) -> Array:
     """Write `o` block by block, the state carried, and return the state behind the last token."""
     if not options["causal"]:
@@ -271,42 +306,45 @@ def _attend(
             nothing = np.broadcast_to(np.zeros(1, q.dtype), _tokens(q, block).shape)
             k_block, v_block = _tokens(k, block), _tokens(v, block)
             _, state = lightning_attention(nothing, k_block, v_block, initial_state=state, return_state=True, **options)
-            progress.update(block.stop - block.start)
+            bar.update(block.stop - block.start)
         k, v = (np.broadcast_to(np.zeros(1, q.dtype), array.shape) for array in (k, v))
     for block in blocks:
         q_block, k_block, v_block, out = (_tokens(array, block) for array in (q, k, v, o))
         _, state = lightning_attention(
             q_block, k_block, v_block, out, initial_state=state, return_state=True, **options
         )
-        progress.update(block.stop - block.start)
+        bar.update(block.stop - block.start)
     assert state is not None
     return state
 
 
-class _PlainProgress:
-    """What is used of tqdm, where that is not installed: one line on stderr, written over where it is a terminal."""
-
-    def __init__(self, total: int) -> None:
-        self.count, self.total = 0, total
-
-    def __enter__(self) -> _PlainProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        print(f"\r{self.count:,} of {self.total:,} tokens", file=sys.stderr)
-
-    def update(self, count: int) -> None:
-        self.count += count
-        if sys.stderr.isatty():
-            print(f"\r{self.count:,} of {self.total:,} tokens", end="", file=sys.stderr, flush=True)
-
-
-def _progress(total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return _PlainProgress(total)
-    return tqdm(total=total, unit=" tokens", unit_scale=True)
+def _bench(arguments: argparse.Namespace) -> int:
+    targets = []
+    if arguments.json:
+        targets.append(_target("--json", arguments.json, []))
+    if arguments.plot:
+        if arguments.plot.suffix != ".png":
+            raise ValueError(f"--plot must end in .png, but got {arguments.plot}")
+        targets.append(_target("--plot", arguments.plot, targets))
+        bench.pyplot()  # missing now, not after the measurement
+    slopes: str | float = arguments.slopes
+    with contextlib.suppress(ValueError):
+        slopes = float(arguments.slopes)
+    result = bench.forward(
+        arguments.shapes,
+        dtypes=arguments.dtype,
+        against=arguments.against,
+        slopes=slopes,
+        quick=arguments.quick,
+        command=f"python -m lightning_cupy {shlex.join(arguments.words)}",
+    )
+    print(result)
+    with _complete_or_absent(targets) as paths:
+        if arguments.json:
+            result.save(paths[0])
+        if arguments.plot:
+            result.plot().figure.savefig(paths[-1], format="png", dpi=150)
+    return 0 if result.passed else _FAILED
 
 
 def _info(_: argparse.Namespace) -> int:

@@ -6,10 +6,12 @@ NumPy, CuPy and torch arrays are read directly; anything else comes through DLPa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import threading
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +46,15 @@ class View:
     def itemsize(self) -> int:
         """Bytes of an element."""
         return ITEMSIZES[self.dtype]
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The first byte, and that behind the last, counted from the pointer."""
+        if 0 in self.shape:
+            return 0, 0
+        steps = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
+        first, last = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
+        return first * self.itemsize, (last + 1) * self.itemsize
 
     def with_axes(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> View:
         """Return the same elements under other axes."""
@@ -198,30 +209,80 @@ def end_loan(borrowed: View, stream: int) -> None:
             _in_use.append((event, borrowed.owner))
 
 
-def stream_of(borrowed: View) -> int:
-    """Return the current stream, as a number, of the library that owns a CUDA array, on the array's device."""
+class Library(NamedTuple):
+    """What a call asks of CuPy or torch, about arrays on a CUDA device; as cheap as can be."""
+
+    # All of an array that the checks and launches depend on, but where it is; and its pointer.
+    read: Callable[[Any], tuple[tuple[Any, ...], int]]
+    pointer: Callable[[Any], int]
+    # For arrays like one, a shape and a dtype: what makes contiguous ones on their device, which must be current.
+    allocator: Callable[[Any, tuple[int, ...], str], Callable[[Any], Any]]
+    stream: Callable[[int], int]  # the current one on a device
+    note_write: Callable[[Any], None]  # elements have changed
+
+
+_libraries: dict[type, Library] = {}
+
+
+def library_of_type(array_type: type) -> Library | None:
+    """Return the library whose arrays are just of this type, if it is CuPy or torch. Imports neither."""
+    found = _libraries.get(array_type)
+    if found is None:
+        if array_type is getattr(sys.modules.get("cupy"), "ndarray", None):
+            found = _libraries[array_type] = _cupy_library()
+        elif array_type is getattr(sys.modules.get("torch"), "Tensor", None):
+            from . import torch
+
+            found = _libraries[array_type] = torch.library()
+    return found
+
+
+def library_of(borrowed: View) -> Library:
+    """Return the library for a CUDA array: its own, or CuPy for that of other DLPack producers."""
     if borrowed.kind == "torch":
         from . import torch
 
-        return torch.current_stream(borrowed)
+        return torch.library()
+    return _cupy_library()
+
+
+@functools.cache
+def _cupy_library() -> Library:
     import cupy
 
-    with cupy.cuda.Device(borrowed.device):
-        return int(cupy.cuda.get_current_stream().ptr)
+    ndarray, current_stream = cupy.ndarray, cupy.cuda.get_current_stream
+
+    def read(array: Any) -> tuple[tuple[Any, ...], int]:
+        data = array.data
+        address = data.ptr
+        return (array.shape, array.strides, array.dtype, data.device_id, address % 16), address
+
+    def pointer(array: Any) -> int:
+        return array.data.ptr  # type: ignore[no-any-return]
+
+    def allocator(_: Any, shape: tuple[int, ...], dtype: str) -> Callable[[Any], Any]:
+        numpy_dtype = dtype_of(dtype)
+        return lambda _: ndarray(shape, numpy_dtype)
+
+    def stream(device_id: int) -> int:
+        return current_stream(device_id).ptr  # type: ignore[no-any-return]
+
+    return Library(read, pointer, allocator, stream, note_write=lambda _: None)
+
+
+def stream_of(borrowed: View) -> int:
+    """Return the current stream, as a number, of the library that owns a CUDA array, on the array's device."""
+    assert borrowed.device is not None
+    return library_of(borrowed).stream(borrowed.device)
 
 
 def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
-    """Allocate a contiguous array of `like`'s kind, on its device, by its library (CuPy's for other producers)."""
+    """Allocate a contiguous array of `like`'s kind in host memory."""
     if like.kind == "torch":
         from . import torch
 
         return torch.empty(like, shape, dtype)
-    if like.device is None:
-        return _view_numpy(np.empty(shape, dtype_of(dtype)))
-    import cupy
-
-    with cupy.cuda.Device(like.device):
-        return _view_cupy("out", cupy.empty(shape, dtype_of(dtype)))
+    return _view_numpy(np.empty(shape, dtype_of(dtype)))
 
 
 def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
@@ -234,17 +295,17 @@ def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
     return array  # type: ignore[no-any-return]
 
 
-def give_back(result: View, like: View) -> Any:
-    """Return an array made by `empty` as one of the caller's library."""
+def give_back(result: Any, like: View) -> Any:
+    """Return an array that was made for `like`'s library, NumPy's or CuPy's for DLPack producers, as one of its own."""
     if like.kind == "dlpack":
         owner = like.owner[0]
         if like.device is None:
-            return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
+            return _namespace(owner).from_dlpack(result)  # type: ignore[union-attr]
         import cupy
 
         with cupy.cuda.Device(like.device):
-            return _namespace(owner).from_dlpack(result.owner)  # type: ignore[union-attr]
-    return result.owner
+            return _namespace(owner).from_dlpack(result)  # type: ignore[union-attr]
+    return result
 
 
 def note_write(written: View) -> None:
@@ -252,7 +313,7 @@ def note_write(written: View) -> None:
     if written.kind == "torch":
         from . import torch
 
-        torch.note_write(written)
+        torch.note_write(written.owner)
 
 
 class _AddressRange:

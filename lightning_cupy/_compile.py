@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -11,11 +12,12 @@ import tempfile
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 Constants = tuple[tuple[str, str | int], ...]
+Wanted = tuple[str, str, Constants, int]  # file, name, constants and smem_bytes of a kernel
 
 # Instructions of just this architecture (wgmma, TMA on Hopper) need the "a"; 7.x and 8.x have none.
 _ARCH_SPECIFIC = 90
@@ -188,29 +190,45 @@ def cubin_path(file: str, constants: Constants, compute_capability: int) -> Path
 
 
 _lock = threading.Lock()
-_kernels: dict[tuple[str, str, Constants, int], Any] = {}
+_kernels: dict[tuple[str, str, Constants, int], concurrent.futures.Future[Any]] = {}
 
 
 def kernel(file: str, name: str, constants: Constants, smem_bytes: int, device_id: int) -> Any:
-    """Return the kernel `name`, loaded on the current device, which must be `device_id`.
+    """Return the kernel `name`, loaded on the device.
 
-    Compiled at most once for each file, constants and architecture, by whichever thread comes first.
+    Compiled at most once for each file, constants and architecture, by whichever thread comes first; different ones
+    at the same time.
     """
     key = (file, name, constants, device_id)
-    found = _kernels.get(key)
-    if found is not None:
-        return found
     with _lock:
-        if key not in _kernels:
-            _kernels[key] = _load(file, name, constants, smem_bytes, device_id)
-        return _kernels[key]
+        found = _kernels.get(key)
+        if found is None:
+            mine = _kernels[key] = concurrent.futures.Future()
+    if found is not None:
+        return found.result()
+    try:
+        mine.set_result(_load(file, name, constants, smem_bytes, device_id))
+    except BaseException as error:
+        with _lock:
+            _kernels.pop(key, None)
+        mine.set_exception(error)
+    return mine.result()
+
+
+def kernels(wanted: Sequence[Wanted], device_id: int) -> list[Any]:
+    """Return kernels as `kernel` does; those that are missing are compiled at the same time."""
+    missing = [one for one in wanted if (*one[:3], device_id) not in _kernels]
+    if len(missing) > 1:
+        with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
+            list(pool.map(lambda one: kernel(one[0], one[1], one[2], one[3], device_id), missing))
+    return [kernel(file, name, constants, smem_bytes, device_id) for file, name, constants, smem_bytes in wanted]
 
 
 def _load(file: str, name: str, constants: Constants, smem_bytes: int, device_id: int) -> Any:
     import cupy
 
     cubin = cubin_path(file, constants, int(cupy.cuda.Device(device_id).compute_capability))
-    with _as_file(cubin) as path:
+    with cupy.cuda.Device(device_id), _as_file(cubin) as path:
         raw_kernel = cupy.RawModule(path=str(path)).get_function(name)
         if smem_bytes > 48 * 1024:  # what a kernel may have without asking
             raw_kernel.max_dynamic_shared_size_bytes = smem_bytes

@@ -214,18 +214,17 @@ class _Gpu:
         device = cupy.cuda.Device()
         name = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
         num_sms = device.attributes["MultiProcessorCount"]
-        plan = forward.plan_for(dtype, head_dim, int(device.compute_capability))
-        num_rows, num_chunks = num_heads * -(-head_dim // plan.v_block), -(-seqlen // plan.chunk)
-        num_segments = forward.num_segments_for(num_rows, num_chunks, num_sms * forward.blocks_per_sm(plan))
+        problem = forward.contiguous_problem(device.id, dtype, 1, seqlen, num_heads, head_dim, head_dim)
         return [
-            ("device", f"{name}, sm_{_compile.arch_name(plan.compute_capability)}, {num_sms} SMs"),
-            ("kernel", f"kernels_cu/{plan.file}, sums in {plan.accum}"),
-            ("plan", f"chunks of {plan.chunk} tokens, {plan.stages} at a time in shared memory"),
-            (
-                "block",
-                f"{plan.num_threads} threads, {plan.v_block} columns of v, {plan.smem_bytes / 1024:.0f} KiB",
+            ("device", f"{name}, sm_{_compile.arch_name(problem.compute_capability)}, {num_sms} SMs"),
+            *(
+                (
+                    "launch",
+                    f"kernels_cu/{launch.file}, {launch.grid[0] * launch.grid[1]:,} blocks of {launch.block[0]} "
+                    f"threads with {launch.smem_bytes / 1024:.0f} KiB of shared memory",
+                )
+                for launch in forward.steps_for(problem).launches
             ),
-            ("grid", f"{num_rows * num_segments:,} blocks; the sequence is cut in {num_segments}"),
         ]
 
     def upload(self, array: Array) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from . import _arrays, _compile
+from . import _arrays, _compile, forward_sm90
 from ._arrays import View
 from ._environment import MIN_COMPUTE_CAPABILITY
+from ._launch import Arguments, Buffer, Launch, Program, Steps
 
 _KIB = 1024
 # Shared memory, in KiB, that a block may have and that an SM has, by compute capability (CUDA C++ Programming
@@ -179,6 +182,68 @@ def num_segments_for(num_blocks: int, num_chunks: int, num_slots: int) -> int:
     return best
 
 
+class Layout(NamedTuple):
+    """Where the elements of q, k, v or o are, from its pointer on."""
+
+    strides: tuple[int, ...]  # of [batch, seqlen, num_heads, head_dim], in elements
+    aligned: bool  # the pointer is a multiple of 16 bytes
+
+
+def _contiguous(batch: int, seqlen: int, num_heads: int, head_dim: int) -> Layout:
+    """Of memory as allocators give it."""
+    return Layout((seqlen * num_heads * head_dim, num_heads * head_dim, head_dim, 1), aligned=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that a call's launches depend on: everything but pointers and stream."""
+
+    compute_capability: int
+    num_sms: int
+    dtype: Dtype
+    batch: int
+    seqlen: int
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    o: Layout
+    q: Layout
+    k: Layout
+    v: Layout
+    scale: float
+    causal: bool = True
+    slope: float = 0.0  # of all heads, where `slopes` is None
+    slopes: tuple[str, int] | None = None  # dtype and stride of [num_heads] on the device
+    initial_strides: tuple[int, ...] | None = None  # of [batch, num_heads, qk_dim, v_dim]; None is no initial state
+    return_state: bool = False
+    high: bool = False  # precision="high"
+
+    @property
+    def state_dtype(self) -> Literal["float32", "float64"]:
+        """Of states and sums."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+
+# Arrays of a call, by the names that pointers in arguments have; `Program.run` takes them in this order.
+ARRAYS = ("o", "q", "k", "v", "final_state", "initial_state", "slopes")
+
+
+def steps_for(problem: Problem) -> Steps:
+    """Return the launches of a call, by the family of kernels that is the fastest for it."""
+    if problem.batch * problem.num_heads == 0 or (problem.seqlen == 0 and not problem.return_state):
+        return Steps()
+    if forward_sm90.fits(problem):
+        return forward_sm90.steps(problem)
+    if problem.high and problem.causal and problem.seqlen > 0 and problem.dtype in ("float16", "bfloat16"):
+        layouts = {name: getattr(problem, name) for name in ("q", "k", "v", "o")}
+        raise ValueError(
+            f"precision='high' of {problem.dtype} wants a GPU of compute capability 9.0, and arrays whose last axis is "
+            "contiguous and whose pointers and other strides are multiples of 16 bytes, but got compute capability "
+            f"{problem.compute_capability / 10} and {layouts}"
+        )
+    return portable_steps(problem)
+
+
 # struct Args of kernels_cu/forward.cuh: the same fields in the same order.
 _ARGS = np.dtype(
     [
@@ -197,31 +262,86 @@ _ARGS = np.dtype(
 )
 
 
-def is_vectorizable(array: View) -> bool:
+def is_vectorizable(layout: Layout, sizes: tuple[int, ...], itemsize: int) -> bool:
     """Whether every row along the last axis starts at a multiple of 16 bytes and is whole vectors of 16 bytes."""
-    *strides, last = array.strides
-    *sizes, width = array.shape
-    aligned = all(stride * array.itemsize % 16 == 0 for stride, size in zip(strides, sizes, strict=True) if size > 1)
-    return aligned and last == 1 and width * array.itemsize % 16 == 0 and array.pointer % 16 == 0
+    *strides, last = layout.strides
+    *sizes_before, width = sizes
+    rows = zip(strides, sizes_before, strict=True)
+    aligned = layout.aligned and all(stride * itemsize % 16 == 0 for stride, size in rows if size > 1)
+    return aligned and last == 1 and width * itemsize % 16 == 0
 
 
-def _launch(
-    plan: ForwardPlan | ScanPlan,
-    name: str,
-    num_blocks: int,
-    args: np.ndarray[Any, Any],
-    device_id: int,
-    stream: int,
-) -> None:
-    smem_bytes = plan.smem_bytes if isinstance(plan, ForwardPlan) else 0
-    kernel = _compile.kernel(plan.file, name, plan.constants, smem_bytes, device_id)
+def portable_steps(problem: Problem) -> Steps:
+    """Return the launches of forward.cu or forward_float.cu: for any GPU, any strides."""
+    dtype, arch = problem.dtype, problem.compute_capability
+    plan = plan_for(dtype, problem.qk_dim, arch, causal=problem.causal)
+    states_plan = plan_for(dtype, problem.qk_dim, arch, outputs=False)
+    scan_plan = ScanPlan(plan.accum, arch)
+
+    num_heads = problem.batch * problem.num_heads
+    num_v_blocks = -(-problem.v_dim // plan.v_block)
+    num_chunks = -(-problem.seqlen // plan.chunk)
+    num_rows = num_heads * num_v_blocks
+    num_slots = problem.num_sms * blocks_per_sm(plan)
+    num_segments = num_segments_for(num_rows, num_chunks, num_slots) if problem.seqlen else 0
+    segment_length = -(-num_chunks // max(num_segments, 1)) * plan.chunk
+    has_segment_states = num_segments > 1 or (problem.seqlen > 0 and not problem.causal)
+
+    state_shape = (problem.batch, problem.num_heads, problem.qk_dim, problem.v_dim)
+    pointers = {name: name for name in "oqkv"}
+    buffers = []
+    if has_segment_states:
+        shape = (*state_shape[:2], num_segments, *state_shape[2:])
+        buffers.append(Buffer("segment_states", shape, problem.state_dtype))
+        pointers["segment_states"] = "segment_states"
+    if problem.return_state:
+        pointers["final_state"] = "final_state"
+    elif has_segment_states and not problem.causal:
+        buffers.append(Buffer("state_of_all", state_shape, problem.state_dtype))
+        pointers["final_state"] = "state_of_all"
+
+    args = np.zeros(1, _ARGS)
+    for name, width in (("o", problem.v_dim), ("q", problem.qk_dim), ("k", problem.qk_dim), ("v", problem.v_dim)):
+        layout: Layout = getattr(problem, name)
+        sizes = (problem.batch, problem.seqlen, problem.num_heads, width)
+        args[f"{name}_strides"] = layout.strides
+        args[f"{name}_vectorized"] = is_vectorizable(layout, sizes, _arrays.ITEMSIZES[dtype])
+    if problem.initial_strides is not None:
+        pointers["initial_state"], args["initial_strides"] = "initial_state", problem.initial_strides
+    if problem.slopes is not None:
+        slopes_dtype, args["slopes_stride"] = problem.slopes
+        pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
+    else:
+        args["slope"] = problem.slope
+    args["batch"], args["seqlen"], args["segment_length"] = problem.batch, problem.seqlen, segment_length
+    args["scale"], args["num_heads"], args["qk_dim"] = problem.scale, problem.num_heads, problem.qk_dim
+    args["v_dim"], args["num_v_blocks"], args["num_segments"] = problem.v_dim, num_v_blocks, num_segments
+    assert _ARGS.fields is not None
+    slots = tuple((_ARGS.fields[field][1], array) for field, array in pointers.items())
+    arguments = Arguments(args.tobytes(), slots)
+
+    num_blocks = num_rows * num_segments
+    launches = []
+    if has_segment_states:
+        launches.append(_launch(states_plan, "forward", num_blocks, arguments))
+    if has_segment_states or problem.seqlen == 0:
+        num_elements = num_heads * problem.qk_dim * problem.v_dim
+        launches.append(_launch(scan_plan, "scan", -(-num_elements // scan_plan.num_threads), arguments))
+    if problem.seqlen:
+        launches.append(_launch(plan, "forward", num_blocks, arguments))
+    return Steps(tuple(launches), tuple(buffers))
+
+
+def _launch(plan: ForwardPlan | ScanPlan, name: str, num_blocks: int, arguments: Arguments) -> Launch:
     grid_x = min(num_blocks, _MAX_GRID_X)
-    kernel(
-        (grid_x, -(-num_blocks // grid_x), 1),
-        (plan.num_threads, 1, 1),
-        (args.view(f"V{_ARGS.itemsize}"),),
-        smem_bytes,
-        _arrays.StreamHandle(stream),
+    return Launch(
+        plan.file,
+        name,
+        plan.constants,
+        grid=(grid_x, -(-num_blocks // grid_x), 1),
+        block=(plan.num_threads, 1, 1),
+        smem_bytes=plan.smem_bytes if isinstance(plan, ForwardPlan) else 0,
+        arguments=arguments,
     )
 
 
@@ -240,8 +360,30 @@ def _device_properties(device_id: int) -> tuple[int, int]:
     return compute_capability, device.attributes["MultiProcessorCount"]
 
 
+def contiguous_problem(
+    device_id: int, dtype: Dtype, batch: int, seqlen: int, num_heads: int, qk_dim: int, v_dim: int, **options: Any
+) -> Problem:
+    """Return the problem of arrays as allocators give them; `options` are other fields of it."""
+    q, v = (_contiguous(batch, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
+    sizes = (batch, seqlen, num_heads, qk_dim, v_dim)
+    return Problem(*_device_properties(device_id), dtype, *sizes, v, q, q, v, **{"scale": 1.0, **options})
+
+
+def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:
+    """Return the kernels that calls on contiguous arrays launch, whatever their length and number of heads."""
+    _, num_sms = _device_properties(device_id)
+    found: dict[_compile.Wanted, None] = {}
+    # Few tokens are not worth a cut. Heads that fill the GPU hardly, by half, once, many times.
+    heads = (1, num_sms // 16, num_sms // 2, num_sms, 64 * num_sms)
+    for seqlen, num_heads, return_state in itertools.product((1, 2**10, 2**12, 2**17), heads, (False, True)):
+        sizes = (1, seqlen, num_heads, qk_dim, v_dim)
+        problem = contiguous_problem(device_id, dtype, *sizes, causal=causal, return_state=return_state)
+        found |= {launch.kernel: None for launch in steps_for(problem).launches}
+    return list(found)
+
+
 def forward(
-    o: View,
+    o: View | None,
     q: View,
     k: View,
     v: View,
@@ -250,78 +392,61 @@ def forward(
     scale: float,
     causal: bool,
     initial_state: View | None,
-    final_state: View | None,
-    stream: int,
-) -> None:
-    """Launch the kernels that write `o` and, unless None, `final_state`.
+    results: Sequence[Buffer],
+    high: bool = False,
+) -> Program:
+    """Return the forward pass over such arrays, compiled and loaded; it takes the pointers of `ARRAYS`.
 
     Parameters
     ----------
     o, q, k, v
-        ``[batch, seqlen, num_heads, head_dim]`` on one device, any strides.
+        ``[batch, seqlen, num_heads, head_dim]`` on one device, any strides. None as `o` is contiguous, and aligned
+        to 16 bytes as what allocators give.
     slopes
         One for all heads, or ``[num_heads]`` float32 or float64 on the device.
     scale
         Factor of q k^T.
     causal
         Without it every token attends to all.
-    initial_state, final_state
-        ``[batch, num_heads, K, V]``; the latter contiguous.
-    stream
-        Where to launch.
-    """
-    import cupy
+    initial_state
+        ``[batch, num_heads, K, V]``.
+    results
+        What the program is to allocate and give back: "o" unless `out` is given, and "final_state", contiguous
+        ``[batch, num_heads, K, V]``, if that is wanted; leading axes of one may be left out.
+    high
+        Whether only the rounding of the result is left in 16 bits.
 
+    Raises
+    ------
+    ValueError
+        When no kernel does that for such arrays.
+    """
+    assert q.device is not None
     batch, seqlen, num_heads, qk_dim = q.shape
     v_dim = v.shape[-1]
-    if batch * num_heads == 0 or (seqlen == 0 and final_state is None):
-        return
-    device_id = o.device
-    assert device_id is not None
-    with cupy.cuda.Device(device_id):
-        compute_capability, num_sms = _device_properties(device_id)
-        plan = plan_for(q.dtype, qk_dim, compute_capability, causal=causal)
-        states_plan = plan_for(q.dtype, qk_dim, compute_capability, outputs=False)
-        scan_plan = ScanPlan(plan.accum, compute_capability)
-        num_v_blocks = -(-v_dim // plan.v_block)
-        num_chunks = -(-seqlen // plan.chunk)
-        num_rows = batch * num_heads * num_v_blocks
-        num_segments = num_segments_for(num_rows, num_chunks, num_sms * blocks_per_sm(plan)) if seqlen else 0
-        segment_length = -(-num_chunks // max(num_segments, 1)) * plan.chunk
-
-        state_dtype = "float64" if plan.accum == "double" else "float32"
-        segment_states = None
-        if num_segments > 1 or (seqlen and not causal):
-            shape = (batch, num_heads, num_segments, qk_dim, v_dim)
-            segment_states = _arrays.empty(o, shape, state_dtype)
-            if final_state is None and not causal:
-                final_state = _arrays.empty(o, (batch, num_heads, qk_dim, v_dim), state_dtype)
-
-        args = np.zeros(1, _ARGS)
-        for name, array in (("o", o), ("q", q), ("k", k), ("v", v)):
-            args[name] = array.pointer
-            args[f"{name}_strides"] = array.strides
-            args[f"{name}_vectorized"] = is_vectorizable(array)
-        if final_state is not None:
-            args["final_state"] = final_state.pointer
-        if initial_state is not None:
-            args["initial_state"], args["initial_strides"] = initial_state.pointer, initial_state.strides
-        if segment_states is not None:
-            args["segment_states"] = segment_states.pointer
-        if isinstance(slopes, View):
-            args["slopes"], args["slopes_stride"] = slopes.pointer, slopes.strides[0]
-            args["slopes_are_double"] = slopes.dtype == "float64"
-        else:
-            args["slope"] = slopes
-        args["batch"], args["seqlen"], args["segment_length"] = batch, seqlen, segment_length
-        args["scale"], args["num_heads"], args["qk_dim"], args["v_dim"] = scale, num_heads, qk_dim, v_dim
-        args["num_v_blocks"], args["num_segments"] = num_v_blocks, num_segments
-
-        num_blocks = num_rows * num_segments
-        if segment_states is not None:
-            _launch(states_plan, "forward", num_blocks, args, device_id, stream)
-        if segment_states is not None or seqlen == 0:
-            num_elements = batch * num_heads * qk_dim * v_dim
-            _launch(scan_plan, "scan", -(-num_elements // scan_plan.num_threads), args, device_id, stream)
-        if seqlen:
-            _launch(plan, "forward", num_blocks, args, device_id, stream)
+    layouts = {
+        name: Layout(array.strides, array.pointer % 16 == 0)
+        for name, array in (("o", o), ("q", q), ("k", k), ("v", v))
+        if array is not None
+    }
+    layouts.setdefault("o", _contiguous(batch, seqlen, num_heads, v_dim))
+    compute_capability, num_sms = _device_properties(q.device)
+    problem = Problem(
+        compute_capability,
+        num_sms,
+        cast(Dtype, q.dtype),
+        batch,
+        seqlen,
+        num_heads,
+        qk_dim,
+        v_dim,
+        **layouts,
+        scale=scale,
+        causal=causal,
+        slope=0.0 if isinstance(slopes, View) else slopes,
+        slopes=(slopes.dtype, slopes.strides[0]) if isinstance(slopes, View) else None,
+        initial_strides=initial_state.strides if initial_state is not None else None,
+        return_state=any(result.name == "final_state" for result in results),
+        high=high,
+    )
+    return Program(steps_for(problem), ARRAYS, results, q)

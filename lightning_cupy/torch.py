@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
+from . import _arrays
 from ._arrays import View
 
 _NAMES = {
@@ -51,19 +54,47 @@ def view(name: str, tensor: torch.Tensor) -> View:
     )
 
 
-def note_write(written: View) -> None:
+def _read(tensor: torch.Tensor) -> tuple[tuple[Any, ...], int]:
+    address = tensor.data_ptr()  # raises a RuntimeError where the layout is not strided
+    facts = (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        address % 16,
+        tensor.requires_grad and torch.is_grad_enabled(),
+        tensor.is_neg(),
+    )
+    return facts, address
+
+
+def _allocator(like: torch.Tensor, shape: tuple[int, ...], dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    torch_dtype, device = _DTYPES[dtype], like.device
+    if like.shape == shape and like.dtype is torch_dtype and like.is_contiguous():
+        return torch.empty_like  # takes half of the time
+    return lambda _: torch.empty(shape, dtype=torch_dtype, device=device)
+
+
+def _current_stream(device_id: int) -> int:
+    return int(torch.cuda.current_stream(device_id).cuda_stream)
+
+
+def note_write(tensor: torch.Tensor) -> None:
     """Tell autograd, which refuses to use a saved tensor that was written since."""
-    torch.autograd.graph.increment_version(written.owner)
+    torch.autograd.graph.increment_version(tensor)
 
 
-def current_stream(borrowed: View) -> int:
-    """Return torch's current stream on the tensor's device."""
-    return int(torch.cuda.current_stream(borrowed.device).cuda_stream)
+@functools.cache
+def library() -> _arrays.Library:
+    """Return what a call on CUDA tensors asks of torch."""
+    # What Triton launches with: a tenth of the time that the public way takes, which makes a Stream.
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+    return _arrays.Library(_read, torch.Tensor.data_ptr, _allocator, stream, note_write)
 
 
 def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     """Allocate a tensor on the device of `like`."""
-    return view("out", torch.empty(shape, dtype=_DTYPES[dtype], device=like.owner.device))
+    return view("out", _allocator(like.owner, shape, dtype)(like.owner))
 
 
 def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:

@@ -290,6 +290,19 @@ def test_backend(backend):
     fails(ValueError, message, **good(backend=backend))
 
 
+@pytest.mark.parametrize("precision", ["higher", "HIGH", None, True, b"high"])
+def test_precision(precision, on_cuda):
+    message = f"^precision must be 'default' or 'high', but got {re.escape(repr(precision))}$"
+    fails(ValueError, message, **good(precision=precision))
+    fails(ValueError, message, **all_on_cuda(on_cuda), precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["default", "high"])
+def test_precision_without_a_fault_runs(precision):
+    with pytest.raises(Ran):
+        lightning_attention(**good(precision=precision))
+
+
 @pytest.fixture
 def on_cuda(monkeypatch):
     """Tell the checks that an array is on a CUDA device; no GPU is needed, for none of them looks at elements."""

@@ -1,9 +1,10 @@
-"""Every plan of every kernel compiles for every architecture without spills, and the cache keeps its promises."""
+"""Every plan of every kernel compiles for its architecture without spills, and the cache keeps its promises."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import errno
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -16,18 +17,34 @@ from pathlib import Path
 
 import pytest
 
-from lightning_cupy import _compile, forward
+from lightning_cupy import _compile, forward, forward_sm90
 
 pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Plans that may spill, each with its reason.
-ACCEPTED_SPILLS: dict[tuple, str] = {}
+# What ptxas says, C7510 to C7519, where products of wgmma wait for each other, and C7508 where registers stay put.
+PERFORMANCE_LOSS = re.compile(r"\(C75\d\d\)")
+
+HOPPER_PLANS = (forward_sm90.HopperPlan, forward_sm90.HopperFloatPlan)
+Plan = forward.ForwardPlan | forward.ScanPlan | forward_sm90.HopperPlan | forward_sm90.HopperFloatPlan
 
 
-def all_plans() -> list[forward.ForwardPlan | forward.ScanPlan]:
+def accepted_spills(plan: Plan) -> int:
+    """Bytes of spill stores and loads each, and of stack, that a plan may have."""
+    # Hopper's registers are set by hand for each role, and where an SM's are the tightest a team's walk, or float32,
+    # wants a few more: what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
+    is_tight = isinstance(plan, HOPPER_PLANS) and (plan.v_groups == 2 or plan.qk_dim == 256)
+    return 160 if is_tight and (plan.dtype == "float32" or plan.split) else 0
+
+
+def arch_of(plan: Plan) -> int:
+    """Compute capability that a plan is for."""
+    return 90 if isinstance(plan, HOPPER_PLANS) else plan.compute_capability
+
+
+def all_plans() -> list[Plan]:
     """Every plan that a call can ask for."""
     passes = ({}, {"outputs": False}, {"causal": False})
     plans = {
@@ -35,14 +52,29 @@ def all_plans() -> list[forward.ForwardPlan | forward.ScanPlan]:
         for dtype, head_dim, arch, options in itertools.product(DTYPES, range(1, 257), ARCHS, passes)
     }
     scans = [forward.ScanPlan(accum, arch) for accum, arch in itertools.product(("float", "double"), ARCHS)]
-    return sorted(plans, key=repr) + scans
+    tilings = tuple(forward_sm90._OUTPUTS_US)
+    hopper = [
+        forward_sm90.plan_for(dtype, *tiling, split=split, high=high)
+        for dtype, tiling, split, high in itertools.product(DTYPES[:2], tilings, (False, True), (False, True))
+    ]
+    floats = [forward_sm90.float_plan_for(*tiling) for tiling in tilings]
+    return hopper + floats + sorted(plans, key=repr) + scans
 
 
-def compile_plan(plan: forward.ForwardPlan | forward.ScanPlan, folder: Path) -> str:
-    """Return the log, kept in the folder under the key that the cubin would have."""
-    path = folder / _compile._key(plan.file, plan.constants, plan.compute_capability)
+def sources_of(file: str) -> str:
+    """Text of a file of kernels_cu and of all that it includes."""
+    text = (_compile.kernels_dir() / file).read_text()
+    return text + "".join(map(sources_of, re.findall(r'^#include "(.*)"', text, re.MULTILINE)))
+
+
+def compile_plan(plan: Plan, folder: Path) -> str:
+    """Return the log, kept in the folder until one of the files that it is of changes."""
+    from cupy.cuda import nvrtc
+
+    parts = sources_of(plan.file), plan.constants, arch_of(plan), _compile._OPTIONS, nvrtc.getVersion()
+    path = folder / hashlib.sha256(repr(parts).encode()).hexdigest()
     if not path.exists():
-        _, log = _compile.compile_cubin(plan.file, plan.constants, plan.compute_capability)
+        _, log = _compile.compile_cubin(plan.file, plan.constants, arch_of(plan))
         _compile._write_atomically(path, log.encode())
     return path.read_text()
 
@@ -66,18 +98,39 @@ def compiled(request, tmp_path_factory):
 
 
 def test_every_plan_compiles_without_spills(compiled):
-    spills = {plan: spilled_bytes(log) for plan, log in compiled.items() if plan not in ACCEPTED_SPILLS}
+    spills = {plan: spilled_bytes(log) for plan, log in compiled.items()}
     assert all(spills.values()), "a log without ptxas' report"
-    assert {plan: numbers for plan, numbers in spills.items() if any(numbers)} == {}
-    assert {plan: log for plan, log in compiled.items() if "warning" in log} == {}
+    assert {plan: numbers for plan, numbers in spills.items() if max(numbers) > accepted_spills(plan)} == {}
+    assert {plan: log for plan, log in compiled.items() if "warning" in log or PERFORMANCE_LOSS.search(log)} == {}
 
 
 def test_every_plan_fits_its_architecture(compiled):
+    assert sum(isinstance(plan, HOPPER_PLANS) for plan in compiled) == 48 + 6
     for plan in compiled:
-        if isinstance(plan, forward.ForwardPlan):
-            limit = {75: 64, 80: 163, 90: 227, 100: 227}.get(plan.compute_capability, 99)
+        if not isinstance(plan, forward.ScanPlan):
+            limit = {75: 64, 80: 163, 90: 227, 100: 227}.get(arch_of(plan), 99)
             assert plan.smem_bytes <= limit * 1024, plan
             assert plan.num_threads <= 1024, plan
+
+
+def test_products_that_wait_are_seen(tmp_path, monkeypatch):
+    source = """
+        #include "ptx_sm90.cuh"
+        __device__ __noinline__ void wait() { wgmma_wait<0>(); }
+        extern "C" __global__ void f(float* to, uint64_t from) {
+          float sum[32] = {};
+          wgmma_fence();
+          wgmma_64x64x16<true, false, false>(sum, from, from, 1);
+          wgmma_commit();
+          wait();
+          for (int i = 0; i < 32; i++) to[i] = sum[i];
+        }"""
+    for path in _compile.kernels_dir().glob("*.cuh"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "waits.cu").write_text(source)
+    monkeypatch.setattr(_compile, "kernels_dir", lambda: tmp_path)
+    _, log = _compile.compile_cubin("waits.cu", (("AMPERE", 1),), 90)
+    assert PERFORMANCE_LOSS.search(log)
 
 
 def test_spills_are_seen():

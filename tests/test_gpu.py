@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BOUNDS, LENGTHS, STATE_BOUNDS, relative_rms
+from conftest import BOUNDS, HIGH_BOUNDS, LENGTHS, STATE_BOUNDS, relative_rms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lightning_cupy
-from lightning_cupy import _compile, forward, lightning_attention, reference
+from lightning_cupy import _arrays, _calls, _compile, forward, forward_sm90, lightning_attention, reference
 
 pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
@@ -58,18 +65,19 @@ def nan_out(v):
     return out
 
 
-def check(q, k, v, dtype, *, factor=1.0, out=None, arrays=None, **options):
+def check(q, k, v, dtype, *, factor=1.0, out=None, arrays=None, precision="default", **options):
     """Compare a call on the GPU with the reference; `arrays` are q, k, v there when they are not plain copies."""
     arrays = arrays or [to_gpu(x) for x in (q, k, v)]
     out = nan_out(arrays[2]) if out is None else out
     on_gpu = dict(options)
     if options.get("initial_state") is not None:
         on_gpu["initial_state"] = cupy.asarray(options["initial_state"])
-    o, state = lightning_attention(*arrays, out, return_state=True, **on_gpu)
+    o, state = lightning_attention(*arrays, out, return_state=True, precision=precision, **on_gpu)
     assert o is out
     expected, expected_state = reference.chunked(q, k, v, dtype=np.float64, **options)
     assert state.dtype == state_dtype(dtype)
-    assert relative_rms(cupy.asnumpy(o), expected) <= factor * BOUNDS[dtype]
+    bounds = HIGH_BOUNDS if precision == "high" else BOUNDS
+    assert relative_rms(cupy.asnumpy(o), expected) <= factor * bounds[dtype]
     assert relative_rms(cupy.asnumpy(state), expected_state) <= factor * STATE_BOUNDS[dtype]
 
 
@@ -124,6 +132,7 @@ def test_float32_decay_does_not_drift(rng, slopes, cut, monkeypatch):
     # The decay of a chunk is so near to 1 that it rounds the same way each time: the errors add up.
     if not cut:
         monkeypatch.setattr(forward, "num_segments_for", lambda *_: 1)
+        monkeypatch.setattr(_calls, "_calls", {})
     q, k, v = (normal(rng, (16384, 2, 64), "float32") for _ in range(3))
     check(q, k, v, "float32", slopes=slopes)
 
@@ -154,6 +163,10 @@ def strided(array, how):
         wide = cupy.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
         wide[..., ::2] = x
         return wide[..., ::2]
+    if how == "part of wider":
+        wide = cupy.zeros((*x.shape[:-1], x.shape[-1] + 16), x.dtype)
+        wide[..., 8:-8] = x
+        return wide[..., 8:-8]
     if how == "reversed":
         return cupy.ascontiguousarray(x[:, ::-1, :, ::-1])[:, ::-1, :, ::-1]
     if how == "unaligned":
@@ -201,6 +214,7 @@ def plans_of(monkeypatch):
         monkeypatch.setattr(forward, "_device_properties", lambda device_id: (compute_capability, real(device_id)[1]))
         monkeypatch.setattr(_compile, "cubin_path", lambda file, constants, _: cubin_path(file, constants, real(0)[0]))
         monkeypatch.setattr(_compile, "_kernels", {})
+        monkeypatch.setattr(_calls, "_calls", {})
 
     return pretend
 
@@ -362,6 +376,203 @@ def test_more_than_2_31_elements(rng, dtype):
     cupy.get_default_memory_pool().free_all_blocks()
 
 
+# --- The Hopper kernels ---
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A function that forces a tiling of forward_sm90.cu, and returns a list where launches planned since are seen."""
+    if forward._device_properties(0)[0] != 90:
+        pytest.skip("forward_sm90.cu is for compute capability 9.0")
+    steps_for = forward.steps_for
+
+    def force(v_groups: int | None = None, wanted_size: int = 1) -> list:
+        launches = []
+
+        def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms):
+            # As many blocks as wanted, but none without tokens.
+            num_chunks = -(-seqlen // 64)
+            segment = -(-num_chunks // min(wanted_size, num_chunks))
+            return v_groups, -(-num_chunks // segment)
+
+        def watch(problem):
+            steps = steps_for(problem)
+            launches.extend(steps.launches)
+            return steps
+
+        if v_groups is not None:
+            monkeypatch.setattr(forward_sm90, "tiling_for", tiling)
+        monkeypatch.setattr(forward, "steps_for", watch)
+        monkeypatch.setattr(_calls, "_calls", {})
+        return launches
+
+    return force
+
+
+@pytest.fixture
+def poisoned():
+    """What CuPy allocates is NaN: results, and the memory in which blocks meet."""
+    pool = cupy.get_default_memory_pool()
+
+    def allocate(num_bytes):
+        memory = pool.malloc(num_bytes)
+        if num_bytes:
+            memory.memset_async(0xFF, num_bytes)
+        return memory
+
+    with cupy.cuda.using_allocator(allocate):
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen", [*LENGTHS, 4500])
+@pytest.mark.parametrize("tiling", [(1, 1), (2, 1), (1, 2), (2, 3), (2, 7), (1, 16), (2, 64)], ids=str)
+def test_hopper_tilings(rng, hopper, poisoned, dtype, seqlen, tiling):
+    launches = hopper(*tiling)
+    q, k = (normal(rng, (2, seqlen, 3, 72), dtype) for _ in range(2))
+    v = normal(rng, (2, seqlen, 3, 104), dtype)
+    state = rng.standard_normal((2, 3, 72, 104)).astype(np.float32)
+    # One rounded score may be the whole error of a few tokens.
+    factor = 1.5 if seqlen < 64 else 1.0
+    check(q, k, v, dtype, factor=factor, slopes=[0.2, 0.01, 0.0], initial_state=state)
+    check(q, k, v, dtype, factor=factor)
+    arrays = [to_gpu(x) for x in (q, k, v)]
+    with_state, _ = lightning_attention(*arrays, return_state=True)
+    assert (lightning_attention(*arrays).view("u2") == with_state.view("u2")).all()
+    assert {launch.file for launch in launches} == {"forward_sm90.cu"}
+    assert {dict(launch.constants)["V_GROUPS"] for launch in launches} == {tiling[0]}
+    assert {launch.cooperative for launch in launches} == {min(tiling[1], -(-seqlen // 64)) > 1}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("head_dim", "v_dim", "v_groups"),
+    [(64, 64, 1), (64, 128, 2), (128, 64, 1), (128, 128, 2), (192, 64, 1), (256, 64, 1)],
+)
+def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, v_dim, v_groups):
+    launches = hopper(v_groups, 3)
+    num_heads = 300
+    q, k = (normal(rng, (400, num_heads, head_dim), dtype) for _ in range(2))
+    v = normal(rng, (400, num_heads, v_dim), dtype)
+    state = rng.standard_normal((num_heads, head_dim, v_dim)).astype(np.float32)
+    check(q, k, v, dtype, slopes=rng.uniform(0, 0.1, num_heads), initial_state=state)
+    (launch,) = launches
+    assert launch.grid[0] // 3 * 4 <= num_heads, "a team has fewer than four rows"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("decayed", [False, True])
+@pytest.mark.parametrize("team_size", [1, 4])
+@pytest.mark.parametrize(("head_dim", "v_groups"), [(64, 1), (128, 1), (128, 2), (192, 1), (256, 1)])
+def test_hopper_high_precision(rng, hopper, poisoned, dtype, decayed, team_size, head_dim, v_groups):
+    launches = hopper(v_groups, team_size)
+    q, k, v = (normal(rng, (2, 1000, 4, head_dim), dtype) for _ in range(3))
+    slopes = lightning_cupy.slopes(4) if decayed else None
+    # The same arrays: one call must not be taken for the other.
+    for precision in ("default", "high", "default"):
+        check(q, k, v, dtype, slopes=slopes, precision=precision)
+    assert {dict(launch.constants)["HIGH"] for launch in launches} == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_high_precision_of_other_kernels(rng, dtype):
+    q, k, v = (normal(rng, (2, 300, 4, 64), dtype) for _ in range(3))
+    check(q, k, v, dtype, causal=False, precision="high")
+    arrays = [to_gpu(q)[:, ::-1], to_gpu(k), to_gpu(v)]
+    if dtype in ("float32", "float64"):
+        check(q[:, ::-1], k, v, dtype, arrays=arrays, slopes=0.1, precision="high")
+    else:
+        with pytest.raises(ValueError, match=f"^precision='high' of {dtype} wants a GPU of compute capability 9"):
+            lightning_attention(*arrays, precision="high")
+
+
+@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize(
+    ("qk_dim", "v_dim", "v_groups"), [(64, 64, 1), (72, 104, 2), (128, 128, 2), (192, 192, 1), (256, 64, 1)]
+)
+def test_hopper_float32(rng, hopper, poisoned, seqlen, qk_dim, v_dim, v_groups):
+    launches = hopper()
+    num_sms = forward._device_properties(0)[1]
+    heads = num_sms // 2 + 1  # as many as make two groups of a wide v worth while
+    q, k = (normal(rng, (seqlen, heads, qk_dim), "float32") for _ in range(2))
+    v = normal(rng, (seqlen, heads, v_dim), "float32")
+    state = rng.standard_normal((heads, qk_dim, v_dim)).astype(np.float32)
+    check(q, k, v, "float32", slopes=rng.uniform(0, 0.1, heads), initial_state=state)
+    check(q, k, v, "float32")
+    assert {launch.file for launch in launches} == {"forward_float_sm90.cu"}
+    assert {dict(launch.constants)["V_GROUPS"] for launch in launches} == {v_groups}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("how", "described"),
+    [
+        *((how, True) for how in ("contiguous", "heads first", "part of wider")),
+        *((how, False) for how in ("tokens last", "sliced", "reversed", "unaligned")),
+    ],
+)
+def test_strides_for_hopper(rng, hopper, dtype, how, described):
+    launches = hopper()
+    # float32 goes there where there are many heads.
+    q, k, v = (normal(rng, (2, 500, 20, 64), dtype) for _ in range(3))
+    plain, odd = [to_gpu(x) for x in (q, k, v)], [strided(x, how) for x in (q, k, v)]
+    nan = cupy.asnumpy(nan_out(plain[2]))
+    check(q, k, v, dtype, slopes=0.05, arrays=odd, out=strided(nan, how))
+    # One array is enough.
+    check(q, k, v, dtype, slopes=0.05, arrays=plain, out=strided(nan, how))
+    for idx in range(3):
+        check(q, k, v, dtype, slopes=0.05, arrays=[*plain[:idx], odd[idx], *plain[idx + 1 :]])
+    file = f"forward{'_float' * (dtype == 'float32')}{'_sm90' * described}.cu"
+    assert {launch.file for launch in launches} - {"scan.cu"} == {file}
+
+
+def test_hopper_writes_nothing_beside_out(rng, hopper):
+    launches = hopper()
+    q, k, v = (normal(rng, (2, 130, 3, 72), "bfloat16") for _ in range(3))
+    memory = cupy.full((2, 132, 3, 96), 7, "u2")
+    lightning_attention(*map(to_gpu, (q, k, v)), memory.view(dtype_of("bfloat16"))[:, 1:-1, :, 8:80])
+    assert launches[0].file == "forward_sm90.cu"
+    assert (memory[:, 1:-1, :, 8:80] != 7).any()
+    memory[:, 1:-1, :, 8:80] = 7
+    assert (memory == 7).all()
+
+
+def test_hopper_teams_on_two_streams(rng, hopper):
+    # 4 teams of 32 blocks, each alone on its SM: those of two launches are never all resident together.
+    launches = hopper(1, 32)
+    sets = [[to_gpu(normal(rng, (1, 4096, 4, 64), "bfloat16")) for _ in range(3)] for _ in range(2)]
+    expected = [lightning_attention(*arrays, slopes=0.01) for arrays in sets]
+    assert launches[0].grid == (128, 1, 1)
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
+    cupy.cuda.Device().synchronize()
+    results = []
+    for _ in range(100):
+        for stream, arrays in zip(streams, sets, strict=True):
+            with stream:
+                results.append(lightning_attention(*arrays, slopes=0.01))
+    deadline = time.monotonic() + 60
+    while not all(stream.done for stream in streams):
+        assert time.monotonic() < deadline, "blocks wait for others that never come"
+        time.sleep(0.01)
+    for idx, o in enumerate(results):
+        assert (o.view("u2") == expected[idx % 2].view("u2")).all()
+
+
+def test_a_million_tokens_without_decay(rng):
+    seqlen, last = 2**20, 1000
+    q, k, v = (rng.standard_normal((seqlen, 64), np.float32).astype(dtype_of("bfloat16")) for _ in range(3))
+    state = np.zeros((64, 64))
+    for start in range(0, seqlen - last, 2**16):
+        part = slice(start, min(start + 2**16, seqlen - last))
+        state += k[part].astype(np.float64).T @ v[part].astype(np.float64)
+    expected, expected_state = reference.chunked(q[-last:], k[-last:], v[-last:], initial_state=state, dtype=np.float64)
+    out = nan_out(to_gpu(v))
+    _, final_state = lightning_attention(*map(to_gpu, (q, k, v)), out, return_state=True)
+    assert relative_rms(cupy.asnumpy(out[-last:]), expected) <= BOUNDS["bfloat16"]
+    assert relative_rms(cupy.asnumpy(final_state), expected_state) <= STATE_BOUNDS["bfloat16"]
+    assert np.isfinite(cupy.asnumpy(out).astype(np.float32)).all()
+
+
 # --- Streams, graphs, threads, devices ---
 
 
@@ -416,10 +627,80 @@ def test_cuda_graph(rng):
     assert (out.view("u2") == expected.view("u2")).all()
 
 
+@pytest.fixture
+def no_checks(monkeypatch):
+    """A function after which every call must be like one that was made before."""
+
+    def fail(name, array):
+        raise AssertionError(f"{name} is looked at in full: the call was not made before")
+
+    return lambda: monkeypatch.setattr(_arrays, "view", fail)
+
+
+@pytest.mark.parametrize("seqlen", [300, 4096], ids=["whole", "cut"])
+@pytest.mark.parametrize("slopes", [None, 0.1, [0.1, 0.02], "device"])
+def test_cuda_graph_of_the_second_call(rng, no_checks, slopes, seqlen):
+    arrays = [to_gpu(normal(rng, (1, seqlen, 2, 64), "bfloat16")) for _ in range(3)]
+    slopes = cupy.asarray([0.1, 0.02]) if slopes == "device" else slopes
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        expected = lightning_attention(*arrays, slopes=slopes, return_state=True)
+        no_checks()
+        stream.begin_capture()
+        results = lightning_attention(*arrays, slopes=slopes, return_state=True)
+        graph = stream.end_capture()
+        for result in results:
+            result.view("u1")[...] = 0xFF
+        graph.launch(stream)
+    stream.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert (result.view("u1") == wanted.view("u1")).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"slopes": 0.1}, {"slopes": [0.1, 0.2, 0.3]}, {"causal": False}])
+def test_later_calls_are_as_right_as_the_first(rng, no_checks, dtype, options):
+    def problem():
+        arrays = [normal(rng, (2, 700, 3, 64), dtype) for _ in range(3)]
+        return arrays, rng.standard_normal((2, 3, 64, 64)).astype(state_dtype(dtype))
+
+    for turn in range(3):
+        (q, k, v), state = problem()
+        arrays = [to_gpu(x) for x in (q, k, v)]
+        on_gpu, out = cupy.asarray(state), nan_out(arrays[2])
+        if turn == 1:
+            no_checks()
+        o, last = lightning_attention(*arrays, out, initial_state=on_gpu, return_state=True, **options)
+        expected, expected_last = reference.chunked(q, k, v, initial_state=state, dtype=np.float64, **options)
+        assert o is out
+        assert relative_rms(cupy.asnumpy(o), expected) <= BOUNDS[dtype]
+        assert relative_rms(cupy.asnumpy(last), expected_last) <= STATE_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(("library", "limit"), [("cupy", 12), ("torch", 15)])
+def test_host_time(request, library, limit):
+    if library == "torch":
+        request.getfixturevalue("torch")
+    tests = Path(__file__).parent
+    finished = subprocess.run(
+        [sys.executable, str(tests / "host_time.py"), library],
+        env=os.environ | {"PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    times = json.loads(finished.stdout)
+    print(f"\nhost us a call, {library}: {', '.join(f'{name} {us:.1f}' for name, us in times.items())}")
+    assert max(times[name] for name in ("q, k, v", "out", "slopes on the GPU", "one slope")) <= limit
+
+
 def test_eight_threads_at_once(rng):
     sets = [[to_gpu(normal(rng, (700, 3, 48), "float16")) for _ in range(3)] for _ in range(8)]
     expected = [lightning_attention(*arrays, slopes=0.1) for arrays in sets]
     _compile._kernels.clear()
+    _calls._calls.clear()
     cupy.cuda.Device().synchronize()
 
     def work(arrays):
@@ -591,6 +872,53 @@ def test_torch_graph(rng, torch):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize("with_out", [True, False])
+def test_torch_graph_of_the_second_call(rng, torch, no_checks, with_out):
+    tensors = [to_torch(torch, normal(rng, (1, 4096, 2, 64), "bfloat16")) for _ in range(3)]
+    slopes = torch.tensor([0.1, 0.02], device="cuda")
+    out = torch.full_like(tensors[2], torch.nan) if with_out else None
+    expected = lightning_attention(*tensors, out, slopes=slopes).clone()
+    torch.cuda.synchronize()
+    no_checks()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = lightning_attention(*tensors, out, slopes=slopes)
+    o.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, expected)
+
+
+def test_new_thread_has_the_context_made_current(rng):
+    arrays = [to_gpu(normal(rng, (100, 2, 64), "float32")) for _ in range(3)]
+    out = cupy.empty_like(arrays[2])
+    expected = lightning_attention(*arrays)
+    lightning_attention(*arrays, out)
+    out.fill(cupy.nan)
+    cupy.cuda.Device().synchronize()
+    # Nothing of this thread has touched CUDA before the call, and with `out` nothing is allocated.
+    thread = threading.Thread(target=lightning_attention, args=(*arrays, out))
+    thread.start()
+    thread.join()
+    cupy.cuda.Device().synchronize()
+    assert (out == expected).all()
+
+
+def test_warmup(monkeypatch, tmp_path, rng):
+    monkeypatch.setenv("LIGHTNING_CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_compile, "_kernels", {})
+    monkeypatch.setattr(_calls, "_calls", {})
+    for causal in (True, False):
+        lightning_cupy.warmup(["bfloat16", "float32"], [(64, 48)], causal=causal, show_progress=False)
+    monkeypatch.setattr(_compile, "_load", lambda *args: pytest.fail(f"{args[0]} was not warmed up"))
+    for dtype in ("bfloat16", "float32"):
+        for shape in ((1, 1, 1), (1, 5000, 1), (3, 700, 40)):
+            q, k = (to_gpu(normal(rng, (*shape, 64), dtype)) for _ in range(2))
+            v = to_gpu(normal(rng, (*shape, 48), dtype))
+            lightning_attention(q, k, v, slopes=0.1, return_state=True)
+            lightning_attention(q, k, v, causal=False)
 
 
 def test_torch_and_cupy_in_one_call(rng, torch):

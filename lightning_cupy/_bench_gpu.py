@@ -1,0 +1,404 @@
+"""What the bench needs of the GPU: inputs, times on the device alone, and the calls of other packages."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from . import __version__, _arrays, _compile, forward
+from ._launch import Program
+from .api import lightning_attention
+
+Array = np.ndarray[Any, Any]
+Call = Callable[[], Any]
+
+_CHUNK = 64  # tokens of the intra-block part, as the FLOP are counted
+_MIN_FLUSH_BYTES = 128 * 2**20
+_COPY_BYTES = 512 * 2**20
+_NUM_HOST_CALLS = 1000
+_CYCLES_PER_S = 2e9  # of a fast GPU: on a slower one a delay is longer, which does no harm
+_NUM_THREADS, _AHEAD = 256, 4  # of kernels_cu/bench.cu
+_CONSTANTS: _compile.Constants = (("NUM_THREADS", _NUM_THREADS), ("AHEAD", _AHEAD))
+_MAX_SCORE_BYTES = 4e9  # of the O(n^2) form
+
+
+class Shape(NamedTuple):
+    """Sizes of q, k ``[batch, seqlen, num_heads, head_dim]`` and v, o ``[batch, seqlen, num_heads, v_dim]``."""
+
+    batch: int
+    num_heads: int
+    seqlen: int
+    head_dim: int
+    v_dim: int
+
+    @classmethod
+    def of(cls, *sizes: int) -> Shape:
+        """Make one of batch, num_heads, seqlen, head_dim and, where it differs, v_dim."""
+        if len(sizes) not in (4, 5) or not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise ValueError(
+                f"shapes must be batch, heads, tokens, head_dim[, v_dim], whole numbers from 1, but got {sizes}"
+            )
+        batch, num_heads, seqlen, head_dim = sizes[:4]
+        return cls(batch, num_heads, seqlen, head_dim, v_dim=sizes[-1])
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self[:4] if self.v_dim == self.head_dim else self))
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes of q, k and v, read once, and o, written once."""
+        itemsize = _arrays.ITEMSIZES[dtype]
+        return 2 * self.batch * self.num_heads * self.seqlen * (self.head_dim + self.v_dim) * itemsize
+
+    @property
+    def flop(self) -> int:
+        """Useful operations, ``batch heads tokens (4 K V + 64 (K + V))``, whatever a kernel does in fact.
+
+        A token takes 2 K V for q S and 2 K V for k v^T; in chunks of 64, q k^T takes 2 * 64 K and its product with
+        v 2 * 64 V, of which the half that lies in the future does not count.
+        """
+        of_token = 4 * self.head_dim * self.v_dim + _CHUNK * (self.head_dim + self.v_dim)
+        return self.batch * self.num_heads * self.seqlen * of_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds on the device of repeated calls, each with an empty L2 cache."""
+
+    median: float
+    min: float
+    p90: float
+    num_repeats: int
+
+
+class Inputs:
+    """Random q, k, v on the GPU, and an o: in CuPy's memory, but torch tensors where torch is here."""
+
+    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array) -> None:
+        import cupy
+
+        self.gpu, self.shape, self.dtype, self.torch = gpu, shape, dtype, gpu.torch
+        self.scale = shape.head_dim**-0.5
+        rng = cupy.random.default_rng(0)
+        dims = {"q": shape.head_dim, "k": shape.head_dim, "v": shape.v_dim, "o": shape.v_dim}
+        integers = f"i{_arrays.ITEMSIZES[dtype]}"  # which every library knows
+        self.bits = {
+            name: cupy.empty((shape.batch, shape.seqlen, shape.num_heads, dim), integers) for name, dim in dims.items()
+        }
+        for name in "qkv":
+            _fill_with_normal(self.bits[name].reshape(-1), dtype, rng)
+        self.q, self.k, self.v, self.o = (self._as_floats(bits, dtype) for bits in self.bits.values())
+        self.slopes = self._as_floats(cupy.asarray(slopes.view("i8")), "float64")
+        # (batch, head): the fastest decay and the slowest, for most presets.
+        self.sampled = sorted({(0, 0), (shape.batch - 1, shape.num_heads - 1)})
+
+    def _as_floats(self, bits: Any, dtype: str) -> Any:
+        if self.torch is None:
+            return bits.view(_arrays.dtype_of(dtype))
+        return self.torch.from_dlpack(bits).view(getattr(self.torch, dtype))
+
+    def attend(self) -> None:
+        """Make the call that is measured."""
+        lightning_attention(self.q, self.k, self.v, self.o, slopes=self.slopes)
+
+    def stream(self) -> None:
+        """Only read q, k, v and write o, whose contents are lost."""
+        num_qk, num_o = (self.bits[name].nbytes // 16 for name in "qo")
+        num_tiles = -(-max(num_qk, num_o) // (_NUM_THREADS * _AHEAD))
+        num_blocks = max(1, min(num_tiles, 32 * self.gpu.num_sms))
+        arrays = (self.bits[name] for name in "oqkv")
+        self.gpu.launch("stream", num_blocks, _NUM_THREADS, *arrays, np.int64(num_qk), np.int64(num_o))
+
+    def poison(self) -> None:
+        """Make every element of o a NaN all of whose bits are 1."""
+        self.bits["o"].data.memset_async(0xFF, self.bits["o"].nbytes)
+
+    def is_unwritten(self) -> bool:
+        """Whether an element of o is still what `poison` wrote: the NaN that arithmetic makes has other bits."""
+        return bool((self.bits["o"] == -1).any())
+
+    def sample(self, array: Any) -> Array:
+        """Return the sampled heads as ``[seqlen, samples, head_dim]`` in float64 on the host."""
+        rows = [array[batch_idx, :, head_idx] for batch_idx, head_idx in self.sampled]
+        if self.torch is not None:
+            return np.stack([row.double().cpu().numpy() for row in rows], 1)
+        import cupy
+
+        on_host = [cupy.asnumpy(row.view(f"i{row.itemsize}")).view(row.dtype) for row in rows]
+        return np.stack(on_host, 1).astype(np.float64)
+
+
+def _fill_with_normal(bits: Any, dtype: str, rng: Any) -> None:
+    """Fill a flat array of integers with the bits of floats, some at a time."""
+    drawn_as = np.dtype("float64" if dtype == "float64" else "float32")
+    num_at_a_time = 2**26
+    for start in range(0, bits.size, num_at_a_time):
+        part = bits[start : start + num_at_a_time]
+        values = rng.standard_normal(part.size, drawn_as)
+        if dtype == "bfloat16":  # the upper half of a float32, rounded towards 0: CuPy need not know the dtype
+            part[...] = (values.view("i4") >> 16).astype("i2")
+        else:
+            part[...] = values.astype(dtype).view(part.dtype)
+
+
+class Gpu:
+    """The current GPU, and how to time on it."""
+
+    def __init__(self, torch: Any) -> None:
+        import cupy
+
+        self.torch, self.device = torch, cupy.cuda.Device()
+        self.num_sms = self.device.attributes["MultiProcessorCount"]
+        self._flush = cupy.empty(max(_MIN_FLUSH_BYTES, 2 * self.device.attributes["L2CacheSize"]), "u1")
+
+    def environment(self) -> dict[str, str]:
+        """Names and versions of what the numbers depend on."""
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        major, minor = divmod(runtime.runtimeGetVersion() // 10, 100)
+        found = {
+            "GPU": runtime.getDeviceProperties(self.device.id)["name"].decode(),
+            "driver": _driver_version(),
+            "CUDA": f"{major}.{minor}",
+            "lightning_cupy": __version__,
+            "CuPy": cupy.__version__,
+            "Python": platform.python_version(),
+        }
+        for name in ("torch", "triton", "flash-linear-attention", "lightning-attn", "thunderkittens"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
+        return found
+
+    def inputs(self, shape: Shape, dtype: str, slopes: Array) -> Inputs:
+        """Make arrays to measure with."""
+        import cupy
+
+        # Two pools: what one keeps of earlier arrays, the other may need.
+        cupy.get_default_memory_pool().free_all_blocks()
+        if self.torch is not None:
+            self.torch.cuda.empty_cache()
+        return Inputs(self, shape, dtype, slopes)
+
+    def launch(self, name: str, num_blocks: int, num_threads: int, *args: Any) -> None:
+        """Launch a kernel of kernels_cu/bench.cu on CuPy's current stream."""
+        kernel = _compile.kernel("bench.cu", name, _CONSTANTS, 0, self.device.id)
+        kernel((num_blocks, 1, 1), (num_threads, 1, 1), args)
+
+    def time(self, call: Call, seconds: float) -> Timing:
+        """Time a call on the device alone, repeating it for about some seconds.
+
+        Before each repeat L2 is flushed, and the device delayed until the whole call is queued; a repeat that began
+        before is left out.
+
+        Raises
+        ------
+        RuntimeError
+            When no delay is long enough, since the call waits for the device.
+        """
+        import cupy
+
+        call()  # compiled, tuned
+        self.device.synchronize()
+        start = time.perf_counter()
+        call()
+        queued = time.perf_counter()
+        self.device.synchronize()
+        num_repeats = max(7, min(51, int(seconds / (time.perf_counter() - start))))
+        delay = 2 * (queued - start) + 2e-5
+        repeats: list[tuple[Any, Any]] = []
+        for _ in range(2 * num_repeats + 20):
+            self._flush.data.memset_async(0, self._flush.nbytes)
+            self.launch("wait", 1, 1, np.int64(delay * _CYCLES_PER_S))
+            before, after = cupy.cuda.Event(), cupy.cuda.Event()
+            before.record()
+            call()
+            has_begun = before.done
+            after.record()
+            if has_begun:
+                delay = min(2 * delay, 0.1)
+            else:
+                repeats.append((before, after))
+            if len(repeats) == num_repeats:
+                break
+        self.device.synchronize()
+        if len(repeats) < num_repeats:
+            raise RuntimeError("the call waits for the device, so its time there alone cannot be told")
+        times = [float(cupy.cuda.get_elapsed_time(before, after)) for before, after in repeats]
+        return Timing(float(np.median(times)), min(times), float(np.percentile(times, 90)), num_repeats)
+
+    def host_us(self, call: Call) -> float:
+        """Wall time per call, back to back, without waiting for the device."""
+        for _ in range(100):
+            call()
+        self.device.synchronize()
+        start = time.perf_counter()
+        for _ in range(_NUM_HOST_CALLS):
+            call()
+        elapsed = time.perf_counter() - start
+        self.device.synchronize()
+        return 1e6 * elapsed / _NUM_HOST_CALLS
+
+    def host_us_of_launch(self) -> float:
+        """Wall time per launch of an empty kernel through CuPy."""
+        kernel = _compile.kernel("bench.cu", "nothing", _CONSTANTS, 0, self.device.id)
+        return self.host_us(lambda: kernel((1, 1, 1), (1, 1, 1), ()))
+
+    def copy_gb_per_s(self) -> float:
+        """Rate of a copy on the device, bytes read and written."""
+        import cupy
+
+        source, target = cupy.empty(_COPY_BYTES, "u1"), cupy.empty(_COPY_BYTES, "u1")
+        timing = self.time(lambda: target.data.copy_from_device_async(source.data, _COPY_BYTES), 0.1)
+        return 2 * _COPY_BYTES / timing.median / 1e6
+
+
+@contextlib.contextmanager
+def current_gpu() -> Iterator[Gpu]:
+    """Use CuPy's current device; torch, where it is here, works there too, and CuPy on torch's current stream."""
+    import cupy
+
+    torch = None if why_missing("sdpa") else importlib.import_module("torch")
+    with contextlib.ExitStack() as stack:
+        if torch is not None:
+            stack.enter_context(torch.cuda.device(cupy.cuda.Device().id))
+            stack.enter_context(torch.no_grad())
+            stream = _arrays.StreamHandle(torch.cuda.current_stream().cuda_stream)
+            stack.enter_context(cupy.cuda.Stream.from_external(stream))
+        yield Gpu(torch)
+
+
+def _driver_version() -> str:
+    """Ask NVML, which comes with the driver."""
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+        version = ctypes.create_string_buffer(80)
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(version, 80) == 0:
+            return version.value.decode()
+    except (OSError, AttributeError):
+        pass
+    return "unknown"
+
+
+_MODULES = {"fla": "fla.ops.simple_gla", "tk": "thunderkittens", "lightning_attn": "lightning_attn.ops"}
+
+
+def why_missing(peer: str) -> str | None:
+    """Say why a peer cannot be called here; None where it can."""
+    if peer == "portable":
+        return None
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return "needs torch"
+    if not torch.cuda.is_available():
+        return "needs a torch with CUDA"
+    if peer not in _MODULES:
+        return None
+    name = _MODULES[peer]
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # other packages raise what they like when imported
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+        return "not installed" if is_absent else f"not importable ({in_a_line(error)})"
+    return "has no linear attention" if peer == "tk" and not hasattr(module, "linear_attention") else None
+
+
+def in_a_line(error: Exception) -> str:
+    """Return the kind of an exception and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _heads_first(x: Inputs) -> list[Any]:
+    """Views of q, k and v as [batch, num_heads, seqlen, head_dim]."""
+    return [tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v)]
+
+
+def _without_scale(x: Inputs, function: Callable[..., Any]) -> Call:
+    """Call a function of contiguous [batch, num_heads, seqlen, head_dim] that knows no scale."""
+    q, k, v = (tensor.contiguous() for tensor in _heads_first(x))
+    q, slopes = q * x.scale, x.slopes.float()
+    return lambda: function(q, k, v, slopes).transpose(1, 2)
+
+
+def _fla(x: Inputs) -> dict[str, Call]:
+    ops = importlib.import_module(_MODULES["fla"])
+    options = {"g_gamma": -x.slopes.float(), "scale": x.scale}
+    return {
+        "fla chunk": lambda: ops.chunk_simple_gla(x.q, x.k, x.v, **options)[0],
+        "fla fused_chunk": lambda: ops.fused_chunk_simple_gla(x.q, x.k, x.v, **options)[0],
+    }
+
+
+def _tk(x: Inputs) -> dict[str, Call]:
+    return {"tk": _without_scale(x, importlib.import_module(_MODULES["tk"]).linear_attention)}
+
+
+def _lightning_attn(x: Inputs) -> dict[str, Call]:
+    function = importlib.import_module(_MODULES["lightning_attn"]).lightning_attn_func
+    return {"lightning_attn": _without_scale(x, function)}
+
+
+def _sdpa(x: Inputs) -> dict[str, Call]:
+    """Softmax attention by cuDNN: another function, the one that many come from."""
+    attention = importlib.import_module("torch.nn.attention")
+    attend, (q, k, v) = x.torch.nn.functional.scaled_dot_product_attention, _heads_first(x)
+
+    def call() -> Any:
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v, is_causal=True, scale=x.scale).transpose(1, 2)
+
+    return {"sdpa": call}
+
+
+def _naive(x: Inputs) -> dict[str, Call]:
+    """The O(n^2) form, ``((q k^T) * mask) v``."""
+    num_bytes = x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * _arrays.ITEMSIZES[x.dtype]
+    if num_bytes > _MAX_SCORE_BYTES:
+        raise ValueError(f"its scores would take {num_bytes / 1e9:.0f} GB")
+    q, k, v = _heads_first(x)
+    position = x.torch.arange(x.shape.seqlen, device=q.device, dtype=x.slopes.dtype)
+    distance = (position[:, None] - position).clamp(min=0)
+    mask = x.torch.stack([(x.scale * x.torch.exp(-slope * distance)).tril().to(q.dtype) for slope in x.slopes])
+    return {"naive": lambda: ((q @ k.mT * mask) @ v).transpose(1, 2)}
+
+
+def _portable(x: Inputs) -> dict[str, Call]:
+    """Our own kernels for any GPU, where others are chosen."""
+    views = {name: _arrays.view(name, getattr(x, name)) for name in ("o", "q", "k", "v", "slopes")}
+    shape, dtype = x.shape, cast(forward.Dtype, x.dtype)
+    sizes = (shape.batch, shape.seqlen, shape.num_heads, shape.head_dim, shape.v_dim)
+    problem = forward.contiguous_problem(
+        x.gpu.device.id, dtype, *sizes, scale=x.scale, slopes=(views["slopes"].dtype, views["slopes"].strides[0])
+    )
+    steps = forward.portable_steps(problem)
+    if forward.steps_for(problem) == steps:
+        raise ValueError("lightning_cupy runs the same kernels")
+    program = Program(steps, forward.ARRAYS, (), views["q"])
+    pointers = [views[name].pointer if name in views else 0 for name in forward.ARRAYS]
+
+    def call() -> Any:
+        program.run([*pointers], x.q)
+        return x.o
+
+    return {"portable": call}
+
+
+# From inputs to calls, by variant, that return o as [batch, seqlen, num_heads, V].
+PEER_CALLS: dict[str, Callable[[Inputs], dict[str, Call]]] = {
+    "fla": _fla,
+    "tk": _tk,
+    "lightning_attn": _lightning_attn,
+    "sdpa": _sdpa,
+    "naive": _naive,
+    "portable": _portable,
+}

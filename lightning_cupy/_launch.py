@@ -1,0 +1,187 @@
+"""Kernel launches worked out beforehand: all but pointers and stream, which are put in at each call."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import _arrays, _compile
+
+_WORD_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The struct that is the one parameter of a kernel."""
+
+    template: bytes  # the struct; what stands where pointers go does not matter
+    pointers: tuple[tuple[int, str], ...]  # byte offset, a multiple of 8, and the name of an array or buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Memory that lives as long as a call."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeroed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    file: str
+    name: str
+    constants: _compile.Constants
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    smem_bytes: int
+    arguments: Arguments
+    cooperative: bool = False  # all blocks are resident at once, or the launch fails
+
+    @property
+    def kernel(self) -> _compile.Wanted:
+        """What to compile and load."""
+        return self.file, self.name, self.constants, self.smem_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a call does on the device, in order: allocate, then launch."""
+
+    launches: tuple[Launch, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+
+
+class Program:
+    """Steps with their kernels loaded on a device, which any number of threads may run at once.
+
+    Parameters
+    ----------
+    steps
+        What to run.
+    arrays
+        Names of the arrays whose pointers `run` takes, in its order.
+    results
+        Those of them that are allocated like the other buffers, but given back.
+    like
+        An array on the device, of the library that allocates.
+
+    Attributes
+    ----------
+    context
+        The CUDA context that must be current for `run`; `device` makes it so.
+    """
+
+    def __init__(self, steps: Steps, arrays: Sequence[str], results: Sequence[Buffer], like: _arrays.View) -> None:
+        from cupy.cuda import driver, runtime
+
+        assert like.device is not None
+        self._device_id, self._library = like.device, _arrays.library_of(like)
+        wanted = [step.kernel for step in steps.launches]
+        with self.device():
+            self._kernels = _compile.kernels(wanted, like.device)  # their handles are good as long as they live
+            self.context: int = driver.ctxGetCurrent()
+        names = [*arrays, *(buffer.name for buffer in steps.buffers)]
+        self._buffers = [
+            (
+                names.index(buffer.name),
+                self._library.allocator(like.owner, buffer.shape, buffer.dtype),
+                math.prod(buffer.shape) * _arrays.ITEMSIZES[buffer.dtype] if buffer.zeroed else 0,
+            )
+            for buffer in (*results, *steps.buffers)
+        ]
+        self._num_results, self._workspace = len(results), [0] * len(steps.buffers)
+        self._memset = runtime.memsetAsync
+        arguments = list(dict.fromkeys(step.arguments for step in steps.launches))
+        self._layouts = [(struct, names) for struct in arguments]
+        self._pool: list[list[_Struct]] = []
+        self._launches = [
+            (
+                _launch_cooperatively if step.cooperative else driver.launchKernel,
+                (kernel.ptr, *step.grid, *step.block, step.smem_bytes),
+                arguments.index(step.arguments),
+            )
+            for step, kernel in zip(steps.launches, self._kernels, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def device(self) -> Iterator[None]:
+        """Make the device and its context current."""
+        import cupy
+
+        device = cupy.cuda.Device(self._device_id)
+        with device:
+            # NOTE: CuPy does nothing where the device is current already, but a new thread has no context yet.
+            device.use()
+            yield
+
+    def run(self, pointers: list[int], like: Any) -> list[Any]:
+        """Queue everything on the current stream of the library that allocates, and return the results.
+
+        Parameters
+        ----------
+        pointers
+            Of the arrays, in the order of their names; what stands for those that are allocated, or that no kernel
+            takes, does not matter. Written to.
+        like
+            An array of the library, on the device.
+
+        Notes
+        -----
+        The other buffers are let go on return, though work on them is only queued: as all memory of CuPy and torch,
+        they go to later work on the same stream.
+        """
+        library = self._library
+        stream = library.stream(self._device_id)
+        pointers += self._workspace
+        buffers = []
+        for idx, allocate, num_zeros in self._buffers:
+            buffer = allocate(like)
+            buffers.append(buffer)
+            pointers[idx] = library.pointer(buffer)
+            if num_zeros:
+                self._memset(pointers[idx], 0, num_zeros, stream)
+        # Nobody else has the structs while they are out of the pool: other threads run while the driver reads them.
+        try:
+            structs = self._pool.pop()
+        except IndexError:
+            structs = [_Struct(*layout) for layout in self._layouts]
+        for struct in structs:
+            words = struct.words
+            for word, idx in struct.slots:
+                words[word] = pointers[idx]
+        for launch, geometry, struct_idx in self._launches:
+            launch(*geometry, stream, structs[struct_idx].parameters, 0)
+        self._pool.append(structs)
+        return buffers[: self._num_results]
+
+
+def _launch_cooperatively(*arguments: int) -> None:
+    """Take the arguments of driver.launchKernel, of which the last, `extra`, is none."""
+    from cupy.cuda import driver
+
+    driver.launchCooperativeKernel(*arguments[:-1])
+
+
+class _Struct:
+    """The parameters of a kernel in memory of their own, for one launch at a time."""
+
+    __slots__ = ("parameters", "slots", "words")
+
+    def __init__(self, arguments: Arguments, names: Sequence[str]) -> None:
+        num_words = -(-len(arguments.template) // _WORD_BYTES)
+        # The word behind the struct is the list that the driver asks for: addresses of parameters, of which it is one.
+        self.words = (ctypes.c_uint64 * (num_words + 1)).from_buffer_copy(
+            arguments.template.ljust((num_words + 1) * _WORD_BYTES, b"\0")
+        )
+        address = ctypes.addressof(self.words)
+        self.words[num_words] = address
+        self.parameters = address + num_words * _WORD_BYTES
+        self.slots = [(offset // _WORD_BYTES, names.index(name)) for offset, name in arguments.pointers]

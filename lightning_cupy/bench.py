@@ -1,0 +1,341 @@
+"""Speed of the ops on the GPU, beside the floor that memory sets and beside other packages, in one run.
+
+From a shell ``python -m lightning_cupy bench``, from a notebook ``lightning_cupy.bench.forward()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import _arrays, _bench_gpu, _environment, conventions, reference
+from ._bench_gpu import Shape, Timing
+from ._progress import progress
+from .api import lightning_attention
+from .demo import BOUNDS
+
+__all__ = ["DEFAULT_SHAPES", "PEERS", "QUICK_SHAPES", "Result", "Row", "Shape", "Timing", "forward", "pyplot"]
+
+Array = np.ndarray[Any, Any]
+
+PEERS = tuple(_bench_gpu.PEER_CALLS)
+DEFAULT_SHAPES = (
+    *(Shape.of(4, 32, seqlen, 128) for seqlen in (512, 2048, 8192)),
+    *(Shape.of(8, 16, seqlen, 64) for seqlen in (2048, 8192)),
+    Shape.of(1, 64, 4096, 128),
+    Shape.of(1, 8, 32_768, 128),
+    Shape.of(1, 1, 131_072, 128),
+    *(Shape.of(2, 12, 2048, head_dim) for head_dim in (96, 192, 256)),
+    Shape.of(33, 4, 4096, 128),  # as many heads as an H200 has SMs
+    Shape.of(1, 64, 65_536, 128),
+)
+QUICK_SHAPES = (Shape.of(4, 32, 2048, 128), Shape.of(1, 64, 4096, 128), Shape.of(1, 8, 32_768, 128))
+_QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for a minute
+_SECONDS, _QUICK_SECONDS = 0.3, 0.1  # of repeats for each time
+
+_PEER_BOUND = 2e-2  # relative RMS: another function is further off, the least exact peer is not (1.55e-2)
+_MANY_TOKENS = 64  # from which on errors average out
+_WINDOW = 16_384  # tokens that are checked at the start, the middle and the end of a longer sequence
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured for one shape and dtype; without a speed where the output is wrong."""
+
+    shape: Shape
+    dtype: str
+    error: float | None = None  # relative RMS; None where the output has NaN, or there is none
+    ours: Timing | None = None
+    floor: Timing | None = None  # of the kernel that only reads q, k, v and writes o
+    peers: dict[str, Timing] = dataclasses.field(default_factory=dict)  # by name and by variant
+    peer_errors: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)  # by name or variant, why it has no time
+
+    @property
+    def bound(self) -> float:
+        """Of the error: half as much again for fewer than 64 tokens, where one rounded score may be all of it."""
+        return BOUNDS[self.dtype] * (1.5 if self.shape.seqlen < _MANY_TOKENS else 1)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output is right, or nothing was computed for want of memory."""
+        return "memory" in self.problems or _at_most(self.error, self.bound)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what follows from the times: TFLOP/s, GB/s, share of the floor, and the peers' times over ours."""
+        if self.ours is None or self.floor is None:
+            return {}
+        return {
+            "tflops": self.shape.flop / self.ours.median / 1e9,
+            "gb_per_s": self.shape.num_bytes(self.dtype) / self.ours.median / 1e6,
+            "share": self.floor.median / self.ours.median,
+            "ratios": {name: timing.median / self.ours.median for name, timing in self.peers.items()},
+        }
+
+    def cells(self, peers: Sequence[str]) -> list[str]:
+        """Return the words of the row in the table."""
+        cells, numbers = [str(self.shape), self.dtype], self.numbers()
+        if self.ours and numbers:
+            cells += [f"{self.ours.median:.3f}", f"{numbers['tflops']:.3g}", f"{numbers['gb_per_s']:,.0f}"]
+            cells += [f"{100 * numbers['share']:.0f} %"]
+        else:
+            cells += ["-"] * 4
+        for name in peers:
+            ratio = numbers.get("ratios", {}).get(name)
+            differs = name != "sdpa" and not _at_most(self.peer_errors.get(name), _PEER_BOUND)
+            cells.append("-" if ratio is None else f"{ratio:.2f}x" + (", differs" if differs else ""))
+        error = "NaN" if self.error is None else f"{self.error:.1e}"
+        verdict = error if self.passed else f"{error} FAILED, bound {self.bound:g}"
+        return [*cells, self.problems.get("memory", verdict)]
+
+
+@dataclasses.dataclass(repr=False)
+class Result:
+    """Rows and where they were measured; shown as a Markdown table."""
+
+    op: str
+    command: str
+    date: str
+    environment: dict[str, str]
+    copy_gb_per_s: float  # bytes read and written
+    peers: list[str]
+    missing: dict[str, str]  # peers asked for, and why they are not here
+    host_us: dict[str, float] = dataclasses.field(default_factory=dict)  # of a call by dtype, and of an empty kernel
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is right."""
+        return all(row.passed for row in self.rows)
+
+    def __str__(self) -> str:
+        where = ", ".join(words if name == "GPU" else f"{name} {words}" for name, words in self.environment.items())
+        host = ", ".join(f"{us:.1f} us ({name})" for name, us in self.host_us.items())
+        lines = [
+            f"{self.op} on {where}, {self.date}: `{self.command}`",
+            "",
+            f"Copy: {self.copy_gb_per_s:,.0f} GB/s. Host time of a call: {host}. ms: on the device, median. "
+            "share: time to only read q, k, v and write o, over ours. Peers: their time over ours. "
+            "error: relative RMS against float64.",
+            "",
+        ]
+        if self.missing:
+            lines += [f"Not here: {', '.join(f'{name} ({why})' for name, why in self.missing.items())}.", ""]
+        head = ["batch, heads, tokens, head_dim", "dtype", "ms", "TFLOP/s", "GB/s", "share", *self.peers, "error"]
+        table = [head, *(row.cells(self.peers) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table.insert(1, ["-" * (width - (idx > 1)) + ":" * (idx > 1) for idx, width in enumerate(widths)])
+        for cells in table:
+            padded = [f"{cell:{'>' if idx > 1 else '<'}{widths[idx]}}" for idx, cell in enumerate(cells)]
+            lines.append(f"| {' | '.join(padded)} |")
+        return "\n".join(lines)
+
+    __repr__ = _repr_markdown_ = __str__
+
+    def save(self, path: Path | str) -> None:
+        """Write everything as JSON."""
+        content = dataclasses.asdict(self)
+        for row, fields in zip(self.rows, content["rows"], strict=True):
+            fields.update(shape=row.shape._asdict(), **row.numbers())
+        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    def plot(self, axes: Any = None) -> Any:
+        """Plot bytes of q, k, v and o per second, ours and the peers' beside the floor, and return the axes.
+
+        Raises
+        ------
+        RuntimeError
+            Where matplotlib is not installed; the message has the command that mends it.
+        """
+        rows = [row for row in self.rows if row.ours]
+        if axes is None:
+            _, axes = pyplot().subplots(figsize=(10, 1.6 + 0.36 * len(rows)), layout="constrained")
+
+        def mark(label: str, timings: Sequence[Timing | None], marker: str, **style: Any) -> None:
+            rates = [
+                row.shape.num_bytes(row.dtype) / timing.median / 1e6 if timing else np.nan
+                for row, timing in zip(rows, timings, strict=True)
+            ]
+            axes.plot(rates, range(len(rows)), marker, label=label, **style)
+
+        floors = [row.floor for row in rows]
+        mark("only read q, k, v, write o", floors, "|", color="black", markersize=18, markeredgewidth=2)
+        mark("lightning_cupy", [row.ours for row in rows], "D", markersize=8)
+        for name in self.peers:
+            mark(name, [row.peers.get(name) for row in rows], "o", markersize=6)
+        axes.axvline(self.copy_gb_per_s, color="gray", linestyle=":", label="copy")
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), [f"{row.shape}, {row.dtype}" for row in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="x", which="both", alpha=0.25)
+        axes.set_xlabel("GB/s of q, k, v and o")
+        axes.set_title(f"{self.op} on {self.environment['GPU']}: batch, heads, tokens, head_dim", fontsize=10)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        return axes
+
+
+def pyplot() -> Any:
+    """Import matplotlib.pyplot, or say what mends that."""
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise RuntimeError(f"plot: matplotlib wanted, got {error!r}; run: pip install matplotlib") from error
+
+
+def forward(
+    shapes: Sequence[Sequence[int]] | None = None,
+    *,
+    dtypes: Sequence[str] = ("bfloat16",),
+    against: Sequence[str] | None = None,
+    slopes: str | float = "lightning2",
+    quick: bool = False,
+    command: str = "lightning_cupy.bench.forward()",
+) -> Result:
+    """Measure the forward on the current GPU; an output that is wrong gets no speed.
+
+    Parameters
+    ----------
+    shapes
+        Each ``(batch, heads, tokens, head_dim)``, with v's own head_dim as a fifth where it differs; by default
+        `DEFAULT_SHAPES`, or `QUICK_SHAPES`.
+    dtypes
+        Of float16, bfloat16, float32 and float64.
+    against
+        Names of `PEERS`; by default all, or with `quick` those that are ready at once. Those that are not installed
+        are named in the result. "portable" is our own kernels for any GPU, where others are chosen.
+    slopes
+        A preset of `lightning_cupy.slopes`, or one number for all heads.
+    quick
+        Fewer shapes, peers and repeats.
+    command
+        What the result says it came from.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that the op refuses, before anything is measured.
+    RuntimeError
+        Where kernels cannot run; the message says what mends it.
+    """
+    cases = [Shape.of(*shape) for shape in shapes or (QUICK_SHAPES if quick else DEFAULT_SHAPES)]
+    names = list(against if against is not None else _QUICK_PEERS if quick else PEERS)
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"against must be of {', '.join(PEERS)}, but got {name!r}")
+    for dtype in dtypes:
+        for shape in cases:  # the library refuses what is wrong, shown here without any token
+            q, v = (np.empty((0, shape.num_heads, dim), _arrays.dtype_of(dtype)) for dim in shape[3:])
+            lightning_attention(q, q, v, slopes=_slopes_of(slopes, shape.num_heads), backend="cpu")
+    _environment.require_cuda("bench")
+
+    missing = {name: why for name in names if (why := _bench_gpu.why_missing(name))}
+    peers = [name for name in names if name not in missing]
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "minutes")
+    with _bench_gpu.current_gpu() as gpu, progress(len(dtypes) * len(cases), "rows") as bar:
+        result = Result("forward", command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
+        result.host_us["empty kernel"] = gpu.host_us_of_launch()
+        for dtype in dtypes:
+            for shape in cases:
+                result.rows.append(_measure(gpu, shape, dtype, slopes, peers, quick, bar))
+                bar.update(1)
+            tiny = gpu.inputs(Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim), dtype, np.zeros(1))
+            result.host_us[dtype] = gpu.host_us(tiny.attend)
+    return result
+
+
+def _at_most(error: float | None, bound: float) -> bool:
+    return error is not None and error <= bound
+
+
+def _slopes_of(slopes: str | float, num_heads: int) -> Array:
+    return conventions.slopes(num_heads, slopes) if isinstance(slopes, str) else np.full(num_heads, float(slopes))
+
+
+def _measure(
+    gpu: Any, shape: Shape, dtype: str, slopes: str | float, peers: Sequence[str], quick: bool, bar: Any
+) -> Row:
+    """Check the op; where it is right, time it, the floor and the peers."""
+    row, seconds = Row(shape, dtype), _QUICK_SECONDS if quick else _SECONDS
+    bar.set_postfix_str(f"{shape} {dtype}: check")
+    try:
+        decay = _slopes_of(slopes, shape.num_heads)
+        x = gpu.inputs(shape, dtype, decay)
+        q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
+        expected = _expected(q, k, v, decay[[head_idx for _, head_idx in x.sampled]])
+        x.poison()
+        x.attend()
+        row.error = None if x.is_unwritten() else _error(x.sample(x.o), expected)
+        if not row.passed:
+            return row
+        row.ours, row.floor = gpu.time(x.attend, seconds), gpu.time(x.stream, seconds)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error):  # torch's is a RuntimeError
+            raise
+        return Row(shape, dtype, problems={"memory": "does not fit in memory"})
+    for name in peers:
+        tunes = ", which tunes itself for up to a minute" if name == "fla" else ""
+        bar.set_postfix_str(f"{shape} {dtype}: {name}{tunes}")
+        _measure_peer(gpu, name, x, expected, seconds, row)
+    return row
+
+
+def _measure_peer(gpu: Any, name: str, x: Any, expected: list[tuple[slice, Array]], seconds: float, row: Row) -> None:
+    """Add the times of a peer's variants to the row, and that of the best as the peer's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why there is no time is in an exception
+        try:
+            calls = _bench_gpu.PEER_CALLS[name](x)
+        except Exception as error:  # other packages raise what they like
+            row.problems[name] = _bench_gpu.in_a_line(error)
+            return
+        for variant, call in calls.items():
+            try:
+                row.peer_errors[variant] = _error(x.sample(call()), expected)
+                row.peers[variant] = gpu.time(call, seconds)
+            except Exception as error:
+                row.problems[variant] = _bench_gpu.in_a_line(error)
+    timed = [variant for variant in calls if variant in row.peers]
+    agreeing = [variant for variant in timed if _at_most(row.peer_errors[variant], _PEER_BOUND)]
+    if timed:
+        best = min(agreeing or timed, key=lambda variant: row.peers[variant].median)
+        row.peers[name], row.peer_errors[name] = row.peers[best], row.peer_errors[best]
+
+
+def _expected(q: Array, k: Array, v: Array, slopes: Array) -> list[tuple[slice, Array]]:
+    """Return outputs in float64, ``[tokens, heads, V]``: of all tokens, or where they are many, of windows.
+
+    From window to window the state is carried by its closed form, one product.
+    """
+    seqlen, num_heads, head_dim = q.shape
+    windows = [slice(0, seqlen)]
+    if seqlen > 3 * _WINDOW:
+        windows = [slice(start, start + _WINDOW) for start in (0, seqlen // 2, seqlen - _WINDOW)]
+    state, position, expected = np.zeros((num_heads, head_dim, v.shape[-1])), 0, []
+    for window in windows:
+        between = slice(position, window.start)
+        num_tokens = window.start - position
+        decay = np.exp(-np.multiply.outer(np.arange(num_tokens)[::-1], slopes))[..., None]
+        update = (decay * k[between]).transpose(1, 2, 0) @ v[between].swapaxes(0, 1)
+        state = np.exp(-slopes * num_tokens)[:, None, None] * state + update
+        o, state = reference.chunked(
+            q[window], k[window], v[window], slopes=slopes, initial_state=state, dtype=np.float64
+        )
+        position = window.stop
+        expected.append((window, o))
+    return expected
+
+
+def _error(o: Array, expected: list[tuple[slice, Array]]) -> float | None:
+    """Relative RMS error over the windows; None where there is NaN."""
+    squared_error = sum(float(np.sum((o[window] - wanted) ** 2)) for window, wanted in expected)
+    squared_norm = sum(float(np.sum(wanted**2)) for _, wanted in expected)
+    error = (squared_error / squared_norm) ** 0.5
+    return error if np.isfinite(error) else None

@@ -1,0 +1,65 @@
+"""What calls take on the host, in microseconds, as JSON: ``python tests/host_time.py cupy``, or torch.
+
+In a process of its own: in one that has done much else, as pytest's has, the same calls take twice as long.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import cupy
+import ml_dtypes
+import numpy as np
+
+from lightning_cupy import lightning_attention
+
+SHAPE = (1, 64, 2, 64)
+
+
+def microseconds(call) -> float:
+    """What a call takes on the host in the quickest of some batches, the device never far behind.
+
+    What others make a machine do meanwhile only adds to it.
+    """
+    times = []
+    for _ in range(21):
+        cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        times.append((time.perf_counter() - start) * 1e4)
+    return min(times)
+
+
+def arrays_of(library: str) -> tuple:
+    """Return q, k, v, out, and slopes of each head."""
+    if library == "cupy":
+        return *(cupy.zeros(SHAPE, ml_dtypes.bfloat16) for _ in range(4)), cupy.asarray([0.1, 0.2])
+    import torch
+
+    device = torch.device("cuda")
+    arrays = (torch.zeros(SHAPE, dtype=torch.bfloat16, device=device) for _ in range(4))
+    return *arrays, torch.tensor([0.1, 0.2], device=device)
+
+
+def main(library: str) -> None:
+    """Print the time of each way to call, and that of an empty kernel through CuPy."""
+    q, k, v, out, slopes = arrays_of(library)
+    host = np.array([0.1, 0.2])
+    kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")
+    calls = {
+        "q, k, v": lambda: lightning_attention(q, k, v),
+        "out": lambda: lightning_attention(q, k, v, out),
+        "slopes on the GPU": lambda: lightning_attention(q, k, v, slopes=slopes),
+        "one slope": lambda: lightning_attention(q, k, v, slopes=0.1),
+        "slopes of NumPy": lambda: lightning_attention(q, k, v, slopes=host),
+        "out, slopes on the GPU": lambda: lightning_attention(q, k, v, out, slopes=slopes),
+        "empty kernel": lambda: kernel((1,), (1,), ()),
+    }
+    print(json.dumps({name: microseconds(call) for name, call in calls.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,467 @@
+"""The bench: what it checks, prints, draws, writes and refuses; on a GPU, from end to end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BOUNDS
+from test_compile import ARCHS, spilled_bytes
+
+from lightning_cupy import __main__ as cli
+from lightning_cupy import _bench_gpu, _compile, _environment, _progress, bench, lightning_attention, reference, slopes
+
+
+class FakeInputs:
+    """Arrays on the host, in place of `_bench_gpu.Inputs`."""
+
+    def __init__(self, shape: bench.Shape, dtype: str, decay: np.ndarray) -> None:
+        rng = np.random.default_rng(0)
+        of_token = (shape.batch, shape.seqlen, shape.num_heads)
+        self.q, self.k, self.v, self.o = (
+            rng.standard_normal((*of_token, dim)).astype(dtype) for dim in (*shape[3:4] * 2, *shape[4:] * 2)
+        )
+        self.slopes, self.sampled = decay, [(0, 0), (shape.batch - 1, shape.num_heads - 1)]
+
+    def attend(self) -> None:
+        self.o[...] = lightning_attention(self.q, self.k, self.v, slopes=self.slopes, backend="cpu")
+
+    def stream(self) -> None:
+        self.o[...] = self.q.sum() + self.k.sum() + self.v
+
+    def poison(self) -> None:
+        self.o[...] = np.nan
+
+    def is_unwritten(self) -> bool:
+        return bool(np.isnan(self.o).any())
+
+    def sample(self, array: np.ndarray) -> np.ndarray:
+        return np.stack([array[batch_idx, :, head_idx] for batch_idx, head_idx in self.sampled], 1).astype(np.float64)
+
+
+class FakeGpu:
+    """Every call takes 2 ms, but the floor takes 1."""
+
+    inputs = staticmethod(FakeInputs)
+
+    def time(self, call, seconds) -> bench.Timing:
+        call()
+        return bench.Timing(*(1.0 if call.__name__ == "stream" else 2.0,) * 3, 7)
+
+    def environment(self) -> dict[str, str]:
+        return {"GPU": "Fake GPU", "driver": "1.2", "CUDA": "12.9"}
+
+    def copy_gb_per_s(self) -> float:
+        return 4321.0
+
+    def host_us(self, call) -> float:
+        return 12.5
+
+    def host_us_of_launch(self) -> float:
+        return 5.2
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    """Let the bench run on the host, without peers, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_environment, "cuda_problem", lambda: None)
+    monkeypatch.setattr(_bench_gpu, "current_gpu", lambda: contextlib.nullcontext(FakeGpu()))
+    monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: "not installed")
+
+
+@pytest.fixture
+def peers(fake_gpu, monkeypatch):
+    """Let one peer be right in one of two variants, and another raise."""
+
+    def right(x):
+        return lightning_attention(x.q, x.k, x.v, slopes=x.slopes, backend="cpu")
+
+    def broken():
+        raise NotImplementedError("no such head_dim\nand much more")
+
+    calls = {
+        "fla": lambda x: {"fla chunk": lambda: 1.1 * right(x), "fla fused_chunk": lambda: right(x)},
+        "sdpa": lambda x: {"sdpa": lambda: 2 * right(x)},
+        "tk": lambda x: {"tk": broken},
+        "lightning_attn": lambda x: {"lightning_attn": lambda: -right(x)},
+        "naive": lambda x: broken(),
+        "portable": lambda x: {"portable": lambda: right(x)},
+    }
+    monkeypatch.setattr(_bench_gpu, "PEER_CALLS", calls)
+    monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: None)
+
+
+SHAPES = ["--shapes", "2,3,100,16", "1,2,65,32,8"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table(out: str) -> list[list[str]]:
+    """Rows of a Markdown table, checked to be one, and aligned."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == len({line.count("|") for line in lines}) == 1
+    assert all(set(cell) <= {"-", ":"} for cell in cells(lines.pop(1)))
+    return [cells(line) for line in lines]
+
+
+# What it measures and prints
+
+
+def test_bench_prints_a_table(fake_gpu, capsys):
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32", "float64", "--slopes", "0.1"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "forward on Fake GPU, driver 1.2, CUDA 12.9, 20",
+        "`python -m lightning_cupy bench --shapes 2,3,100,16 1,2,65,32,8 --dtype float32 float64 --slopes 0.1`",
+        "4,321 GB/s",
+        "5.2 us (empty kernel), 12.5 us (float32), 12.5 us (float64)",
+        "Not here: fla (not installed), tk (not installed)",
+    ):
+        assert words in out
+    head, *rows = table(out)
+    assert head == ["batch, heads, tokens, head_dim", "dtype", "ms", "TFLOP/s", "GB/s", "share", "error"]
+    assert [row[:3] for row in rows] == [
+        ["2, 3, 100, 16", "float32", "2.000"],
+        ["1, 2, 65, 32, 8", "float32", "2.000"],
+        ["2, 3, 100, 16", "float64", "2.000"],
+        ["1, 2, 65, 32, 8", "float64", "2.000"],
+    ]
+    assert all(row[5] == "50 %" for row in rows)
+    assert all(float(row[6]) <= BOUNDS[row[1]] for row in rows)
+
+
+def test_bench_beside_peers(peers, capsys):
+    assert cli.main(["bench", "--shapes", "2,3,100,16", "--dtype", "float32", "--json", "b.json"]) == 0
+    head, row = table(capsys.readouterr().out)
+    assert dict(zip(head[6:-1], row[6:-1], strict=True)) == {
+        "fla": "1.00x",
+        "tk": "-",
+        "lightning_attn": "1.00x, differs",
+        "sdpa": "1.00x",  # another function, and known to be
+        "naive": "-",
+        "portable": "1.00x",
+    }
+    (row,) = json.loads(Path("b.json").read_text())["rows"]
+    assert set(row["peers"]) == {"fla", "fla chunk", "fla fused_chunk", "lightning_attn", "sdpa", "portable"}
+    assert row["problems"] == dict.fromkeys(["tk", "naive"], "NotImplementedError: no such head_dim")
+    assert row["peer_errors"]["fla chunk"] == pytest.approx(0.1, rel=1e-3)
+    assert row["peer_errors"]["fla"] == row["peer_errors"]["fla fused_chunk"] < 2e-6
+
+
+@pytest.mark.parametrize("wrong", ["value", "NaN", "unwritten"])
+def test_wrong_output_gets_no_speed(peers, monkeypatch, capsys, wrong):
+    attend = FakeInputs.attend
+
+    def attend_wrongly(x):
+        if wrong != "unwritten":
+            attend(x)
+            x.o[0, 50:, 0] *= 1.001 if wrong == "value" else np.nan
+
+    monkeypatch.setattr(FakeInputs, "attend", attend_wrongly)
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32", "--json", "b.json", "--plot", "b.png"]) == 1
+    _, *rows = table(capsys.readouterr().out)
+    for row in rows:
+        assert row[2:-1] == ["-"] * 10
+        assert row[-1].endswith("FAILED, bound 2e-06")
+        assert re.match(r"\d\.\de-04 " if wrong == "value" else "NaN ", row[-1])
+    assert all(row["ours"] is None and not row["peers"] for row in json.loads(Path("b.json").read_text())["rows"])
+
+
+@pytest.mark.parametrize(("seqlen", "factor"), [(63, 1.5), (64, 1)])
+def test_fewer_tokens_than_a_chunk_may_be_further_off(fake_gpu, monkeypatch, seqlen, factor):
+    attend = FakeInputs.attend
+
+    def attend_wrongly(x):
+        attend(x)
+        x.o[...] *= 1 + np.float64(error)
+
+    monkeypatch.setattr(FakeInputs, "attend", attend_wrongly)
+    for share in (0.9, 1.1):
+        error = share * factor * BOUNDS["float64"]
+        result = bench.forward([(1, 2, seqlen, 16)], dtypes=["float64"], against=[])
+        assert result.passed == (share < 1), result
+    assert f"FAILED, bound {factor * BOUNDS['float64']:g}" in str(result)
+
+
+@pytest.mark.parametrize("error", [MemoryError("of CuPy"), RuntimeError("CUDA out of memory. Tried to allocate")])
+def test_shape_that_does_not_fit_is_said_to(fake_gpu, monkeypatch, capsys, error):
+    def raise_error(*_):
+        raise error
+
+    monkeypatch.setattr(
+        FakeGpu, "inputs", lambda _, shape, *rest: raise_error() if shape[0] > 1 else FakeInputs(shape, *rest)
+    )
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32"]) == 0
+    _, *rows = table(capsys.readouterr().out)
+    assert rows[0][-1] == "does not fit in memory"
+    assert float(rows[1][-1]) < 2e-6
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(fake_gpu, monkeypatch, capsys):
+    def attend(_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(FakeInputs, "attend", attend)
+    assert cli.main(["bench", *SHAPES]) == 2
+    assert capsys.readouterr().err.endswith("error: an illegal memory access was encountered\n")
+
+
+def test_result_in_a_notebook(fake_gpu):
+    result = bench.forward([(1, 2, 65, 16)], dtypes=["float32"], against=[], slopes=0.25)
+    assert result.passed
+    assert result._repr_markdown_() == repr(result) == str(result)
+    assert "Not here" not in str(result)
+    assert table(str(result))[1][0] == "1, 2, 65, 16"
+
+
+@pytest.mark.parametrize("seqlen", [40, 1000])
+def test_expected_outputs_of_windows(monkeypatch, rng, seqlen):
+    q, k, v = (rng.standard_normal((seqlen, 2, dim)) for dim in (16, 16, 8))
+    monkeypatch.setattr(bench, "_WINDOW", 100)
+    whole, _ = reference.recurrent(q, k, v, slopes=[0.01, 0.0], dtype=np.float64)
+    expected = bench._expected(q, k, v, np.array([0.01, 0.0]))
+    assert [(window.start, window.stop) for window, _ in expected] == (
+        [(0, 40)] if seqlen == 40 else [(0, 100), (500, 600), (900, 1000)]
+    )
+    assert bench._error(whole, expected) < 1e-12
+    assert bench._error(1.01 * whole, expected) == pytest.approx(0.01)
+    whole[-1] += 1
+    assert bench._error(whole, expected) > 1e-3
+
+
+def test_shape_counts():
+    shape = bench.Shape.of(2, 3, 100, 128, 64)
+    assert shape.num_bytes("bfloat16") == 2 * 3 * 100 * (128 + 128 + 64 + 64) * 2
+    assert shape.flop == 2 * 3 * 100 * (2 * 128 * 64 * 2 + 64 * (128 + 64))
+    assert str(shape) == "2, 3, 100, 128, 64"
+    assert str(bench.Shape.of(2, 3, 100, 128)) == "2, 3, 100, 128"
+
+
+# Files
+
+
+def test_json_has_all_numbers(fake_gpu):
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32", "--json", "b.json"]) == 0
+    content = json.loads(Path("b.json").read_text())
+    assert content["environment"]["GPU"] == "Fake GPU"
+    assert content["command"].startswith("python -m lightning_cupy bench --shapes")
+    assert content["host_us"] == {"empty kernel": 5.2, "float32": 12.5}
+    assert set(content["missing"]) == set(bench.PEERS)
+    row = content["rows"][1]
+    assert row["shape"] == {"batch": 1, "num_heads": 2, "seqlen": 65, "head_dim": 32, "v_dim": 8}
+    assert row["ours"] == {"median": 2.0, "min": 2.0, "p90": 2.0, "num_repeats": 7}
+    assert row["floor"]["median"] == 1.0
+    assert row["share"] == 0.5
+    assert row["gb_per_s"] == pytest.approx(2 * 65 * 80 * 4 / 2e-3 / 1e9)
+    assert row["tflops"] == pytest.approx(2 * 65 * (4 * 32 * 8 + 64 * 40) / 2e-3 / 1e12)
+
+
+def test_plot(peers):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32", "--plot", "b.png"]) == 0
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in Path().iterdir()] == ["b.png"]
+
+
+def test_plot_into_axes(peers):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    result = bench.forward([(1, 2, 65, 16)], dtypes=["float32"])
+    assert result.plot(axes) is axes
+    legend = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert {"lightning_cupy", "fla", "copy", "only read q, k, v, write o"} <= legend
+    pyplot.close(figure)
+
+
+def test_failed_write_leaves_what_was_there(fake_gpu, monkeypatch, capsys):
+    Path("b.json").write_text("old")
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    assert cli.main(["bench", *SHAPES, "--json", "b.json"]) == 2
+    assert "error: disk full" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["b.json"]
+    assert Path("b.json").read_text() == "old"
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["backward"], "invalid choice: 'backward'"),
+        (
+            ["--shapes", "1,2,3"],
+            "batch,heads,tokens,head_dim[,v_dim], whole numbers from 1, are wanted, but got '1,2,3'",
+        ),
+        (["--shapes", "1,2,3,4,5,6"], "but got '1,2,3,4,5,6'"),
+        (["--shapes", "0,2,3,4"], "but got '0,2,3,4'"),
+        (["--shapes", "1,2,3,four"], "but got '1,2,3,four'"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_usage(capsys, options, words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", *options])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shapes", "1,2,3,257"], "q must have a head_dim from 1 to 256, but got 257"),
+        (
+            ["--against", "fla,flash"],
+            "against must be of fla, tk, lightning_attn, sdpa, naive, portable, but got 'flash'",
+        ),
+        (["--slopes", "lightening"], "preset must be one of"),
+        (["--slopes", "inf"], "slopes must be finite"),
+        (["--plot", "b.pdf"], "--plot must end in .png, but got b.pdf"),
+        (["--json", "nowhere/b.json"], "--json must be in a folder that exists"),
+        (["--json", "b.png", "--plot", "b.png"], "--plot must be a file of its own"),
+    ],
+)
+def test_bench_refuses_before_it_measures(fake_gpu, monkeypatch, capsys, options, words):
+    monkeypatch.setattr(_bench_gpu, "current_gpu", None)
+    assert cli.main(["bench", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert captured.out == ""
+    assert not list(Path().iterdir())
+
+
+def test_bench_without_a_gpu_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(_environment, "cuda_problem", lambda: "a CUDA device wanted, got none")
+    assert cli.main(["bench"]) == 2
+    assert capsys.readouterr().err == "error: bench: a CUDA device wanted, got none\n"
+
+
+def test_plot_without_matplotlib_says_what_mends_it(fake_gpu, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench", "--plot", "b.png"]) == 2
+    assert "matplotlib wanted" in (err := capsys.readouterr().err)
+    assert err.endswith("run: pip install matplotlib\n")
+
+
+@pytest.mark.parametrize(
+    ("modules", "cuda", "why"),
+    [
+        ({"torch": None}, True, "needs torch"),
+        ({}, False, "needs a torch with CUDA"),
+        ({"fla": None}, True, "not importable"),
+        ({}, True, "not installed"),
+    ],
+)
+def test_why_a_peer_is_missing(monkeypatch, modules, cuda, why):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if why == "not installed" and importable("fla"):
+        pytest.skip("flash-linear-attention is installed")
+    assert _bench_gpu.why_missing("fla").startswith(why)
+
+
+def importable(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
+
+
+def test_bench_imports_nothing_heavy():
+    code = (
+        "import sys, lightning_cupy.bench\n"
+        "assert not {'cupy', 'torch', 'matplotlib', 'fla'} & set(sys.modules), sorted(sys.modules)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_plain_progress_writes_over_longer_words(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with _progress.progress(2, "rows") as bar:
+        bar.set_postfix_str("long words")
+        bar.set_postfix_str("short")
+        bar.update(2)
+    *_, short, done, end = capsys.readouterr().err.split("\r")
+    assert short == "0 of 2 rows, short     "
+    assert done == "2 of 2 rows, short     "
+    assert end == "2 of 2 rows            \n"
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spills(arch):
+    pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
+    _, log = _compile.compile_cubin("bench.cu", _bench_gpu._CONSTANTS, arch)
+    assert len(spilled_bytes(log)) == 3 * 3
+    assert not any(spilled_bytes(log))
+    assert "warning" not in log
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_quick_bench_on_a_gpu(tmp_path, capsys, monkeypatch, with_torch):
+    if with_torch:
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("torch has no CUDA")
+    else:
+        monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: "needs torch")
+    start = time.perf_counter()
+    assert cli.main(["bench", "--quick", "--json", str(tmp_path / "b.json")]) == 0
+    assert time.perf_counter() - start < 20
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert len(content["rows"]) == len(bench.QUICK_SHAPES)
+    for row in content["rows"]:
+        assert 0 < row["share"] < 1.2
+        assert row["error"] <= BOUNDS["bfloat16"]
+        assert ("sdpa" in row["peers"]) == with_torch
+    assert 0 < content["host_us"]["empty kernel"] < 1000
+    assert "| 4, 32, 2048, 128" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_bench_of_odd_shapes_on_a_gpu(dtype):
+    result = bench.forward([(2, 3, 1000, 40, 24), (1, 1, 2, 64)], dtypes=[dtype], against=["naive"], slopes="retnet")
+    assert result.passed, result
+    assert all(row.ours and row.floor and 0 < row.ours.min <= row.ours.median <= row.ours.p90 for row in result.rows)
+
+
+@pytest.mark.gpu
+def test_inputs_on_a_gpu():
+    with _bench_gpu.current_gpu() as gpu:
+        x = gpu.inputs(bench.Shape.of(1, 4, 300, 32), "float32", slopes(4))
+        q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
+        assert abs(np.mean(q)) < 0.1
+        assert np.std(q) == pytest.approx(1, abs=0.1)
+        assert np.abs(np.mean(q * k)) < 0.1
+        x.poison()
+        assert x.is_unwritten()
+        x.attend()
+        assert not x.is_unwritten()
+        expected, _ = reference.chunked(q, k, v, slopes=slopes(4)[[0, 3]], dtype=np.float64)
+        assert bench._error(x.sample(x.o), [(slice(None), expected)]) <= BOUNDS["float32"]

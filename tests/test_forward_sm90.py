@@ -1,0 +1,367 @@
+"""Which calls the Hopper kernels take, how they are spread over blocks, and what is handed to them.
+
+No GPU is needed: the driver's one function is played by an object that writes what it got into the descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from lightning_cupy import _compile, _launch, _tensor_map, forward, forward_sm90
+
+NUM_SMS = 132  # of an H100 or H200
+
+# What the driver below writes: the order in which cuTensorMapEncodeTiled takes it, with the address in plain bytes.
+TENSOR_MAP = np.dtype(
+    [
+        *(("sizes", np.uint64, 4), ("strides", np.uint64, 3), ("address", np.uint64)),
+        *(("dtype", np.int32), ("box", np.uint32, 4), ("element_strides", np.uint32, 4)),
+        *(("interleave", np.int32), ("swizzle", np.int32), ("promotion", np.int32), ("fill", np.int32)),
+        ("checksum", np.int32),
+    ]
+)
+ADDRESS = TENSOR_MAP.fields["address"][1]
+
+
+class Driver:
+    """Its descriptors are like those of 64 bytes and more behind the address, if `checksum` is not set."""
+
+    def __init__(self, status=0, checksum=False):
+        self.status, self.checksum = status, checksum
+
+    def cuTensorMapEncodeTiled(self, memory, dtype, rank, address, sizes, strides, box, element_strides, *rest):
+        assert memory.value % 64 == 0
+        assert rank.value == len(sizes) == len(strides) + 1 == len(box) == len(element_strides)
+        plain = (*sizes,), (*strides,), address.value, dtype.value, (*box,), (*element_strides,)
+        checksum = address.value % 997 if self.checksum else 0
+        content = np.array((*plain, *(flag.value for flag in rest), checksum), TENSOR_MAP)
+        ctypes.memmove(memory.value, content.tobytes(), TENSOR_MAP.itemsize)
+        return self.status
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """A function that puts such a driver where the real one would be."""
+
+    def install(driver):
+        monkeypatch.setattr(_tensor_map, "_driver", lambda: driver)
+        _tensor_map.address_offset.cache_clear()
+
+    yield install
+    _tensor_map.address_offset.cache_clear()
+
+
+def contiguous(shape):
+    return forward.Layout(tuple(int(np.prod(shape[axis + 1 :])) for axis in range(4)), aligned=True)
+
+
+def heads_first(shape):
+    _, seqlen, num_heads, head_dim = shape
+    return forward.Layout((num_heads * seqlen * head_dim, head_dim, seqlen * head_dim, 1), aligned=True)
+
+
+def problem_of(batch, num_heads, seqlen, qk_dim, v_dim=None, **changed):
+    """A call on contiguous bfloat16 arrays on Hopper, but for what is changed."""
+    widths = {"o": v_dim or qk_dim, "q": qk_dim, "k": qk_dim, "v": v_dim or qk_dim}
+    fields = {name: contiguous((batch, seqlen, num_heads, width)) for name, width in widths.items()}
+    fields |= {"compute_capability": 90, "num_sms": NUM_SMS, "dtype": "bfloat16", "scale": 0.25} | changed
+    sizes = {"batch": batch, "num_heads": num_heads, "seqlen": seqlen, "qk_dim": qk_dim, "v_dim": widths["v"]}
+    return forward.Problem(**fields | sizes)
+
+
+def chunks(num_tokens):
+    return -(-num_tokens // 64)
+
+
+# How it is spread
+
+
+@pytest.mark.parametrize(
+    ("shape", "tiling"),
+    [
+        ((4, 32, 2048, 128), (2, 1)),
+        ((8, 16, 8192, 64), (1, 1)),
+        *(((1, 64, seqlen, 128), (1, 1)) for seqlen in (4096, 16_384, 65_536)),
+        ((1, 8, 32_768, 128), (2, 16)),
+        ((33, 4, 4096, 128), (2, 1)),
+    ],
+)
+def test_tiling_for(shape, tiling):
+    batch, num_heads, seqlen, head_dim = shape
+    assert forward_sm90.tiling_for(batch * num_heads, seqlen, head_dim, head_dim, NUM_SMS) == tiling
+
+
+def test_one_long_head_has_most_of_the_gpu():
+    _, team_size = forward_sm90.tiling_for(1, 131_072, 128, 128, NUM_SMS)
+    assert 100 < team_size <= NUM_SMS
+
+
+@pytest.mark.parametrize("num_sms", [132, 114, 78, 1])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (40, 128), (128, 128), (192, 256), (256, 8)])
+def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
+    play(Driver())
+    for num_heads, seqlen in itertools.product((1, 2, 3, 16, 67, 131, 500), (1, 63, 64, 65, 129, 1000, 20_000, 2**20)):
+        steps = forward_sm90.steps(problem_of(1, num_heads, seqlen, qk_dim, v_dim, num_sms=num_sms))
+        launch, args = only_launch(steps)
+        team_size, segment = int(args["team_size"]), int(args["segment_length"])
+        assert 1 <= team_size <= chunks(seqlen)
+        assert segment % 64 == 0
+        assert (team_size - 1) * segment < seqlen <= team_size * segment, "a member without tokens, or tokens left"
+        assert launch.cooperative == (team_size > 1) == bool(steps.buffers)
+        assert launch.grid[0] % team_size == 0
+        # Blocks that wait for each other are all there at once, and two states of each are all that they need.
+        limit = num_sms if launch.cooperative else int(args["num_rows"])
+        assert launch.grid[0] <= limit
+        constants = dict(launch.constants)
+        for buffer in steps.buffers:
+            of_a_block = 2 * constants["QK_DIM"] * 64 * constants["V_GROUPS"] if buffer.name == "workspace" else 1
+            assert np.prod(buffer.shape) <= num_sms * of_a_block
+
+
+# Whether it takes a call
+
+
+def changed_strides(name, axis, stride, batch=2, num_heads=3):
+    """A call where one array has another stride along one axis."""
+    problem = problem_of(batch, num_heads, 100, 64)
+    strides = list(getattr(problem, name).strides)
+    strides[axis] = stride
+    return dataclasses.replace(problem, **{name: forward.Layout(tuple(strides), aligned=True)})
+
+
+GOOD = problem_of(2, 3, 100, 64)
+REFUSED = {
+    "an older GPU": dataclasses.replace(GOOD, compute_capability=89),
+    "a newer GPU": dataclasses.replace(GOOD, compute_capability=100),
+    "float32 of few heads": dataclasses.replace(GOOD, dtype="float32"),
+    "float64": dataclasses.replace(GOOD, dtype="float64"),
+    "not causal": dataclasses.replace(GOOD, causal=False),
+    "no tokens": problem_of(1, 3, 0, 64),
+    "more tokens than int has": problem_of(1, 1, 2**31 - 1, 8),
+    "head_dim of odd bytes": problem_of(2, 3, 100, 17),
+    "v_dim of 8 bytes": problem_of(2, 3, 100, 64, 100),
+    **{
+        f"{name} unaligned": dataclasses.replace(GOOD, **{name: getattr(GOOD, name)._replace(aligned=False)})
+        for name in "oqkv"
+    },
+    **{
+        f"{name}, axis {axis} by {stride}": changed_strides(name, axis, stride)
+        for name, axis, stride in (
+            *(("q", axis, 20_004) for axis in range(3)),  # 8 bytes more than a multiple of 16
+            *(("k", axis, 0) for axis in range(3)),
+            *(("v", axis, -64) for axis in range(3)),
+            *(("o", 1, stride) for stride in (0, -192, 2**39)),
+            *((name, 3, 2) for name in "oqkv"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED.values(), ids=REFUSED)
+def test_takes_all_but(problem):
+    assert forward_sm90.fits(GOOD)
+    assert not forward_sm90.fits(problem)
+
+
+@pytest.mark.parametrize("stride", [0, -7, 3, 2**50])
+def test_stride_along_one_index_does_not_matter(play, stride):
+    play(Driver())
+    for axis, name in itertools.product((0, 2), "oqkv"):
+        problem = changed_strides(name, axis, stride, batch=1, num_heads=1)
+        assert forward_sm90.fits(problem)
+        _, args = only_launch(forward_sm90.steps(problem))
+        strides = tensor_map(args, name)["strides"]
+        assert all(0 < one < 2**40 and one % 16 == 0 for one in strides), "the driver refuses others"
+    token = changed_strides("q", 1, stride)
+    assert not forward_sm90.fits(token)
+    assert forward_sm90.fits(dataclasses.replace(problem_of(2, 3, 1, 64), q=token.q, k=token.q))
+    narrow = problem_of(2, 3, 100, 64, 1, v=forward.Layout((2400, 24, 8, stride), True), o=GOOD.o)
+    assert forward_sm90.fits(narrow)
+
+
+@pytest.mark.parametrize("high", [False, True])
+@pytest.mark.parametrize("problem", [GOOD, *REFUSED.values()], ids=["good", *REFUSED])
+def test_family_of_kernels(play, problem, high):
+    play(Driver())
+    problem = dataclasses.replace(problem, high=high)
+    if forward_sm90.fits(problem):
+        launch, _ = only_launch(forward.steps_for(problem))
+        assert launch.file == "forward_sm90.cu"
+        assert dict(launch.constants)["HIGH"] == high
+    elif high and problem.causal and problem.dtype == "bfloat16" and problem.seqlen > 0:
+        with pytest.raises(ValueError, match=r"^precision='high' of bfloat16 wants a GPU of compute capability 9\.0"):
+            forward.steps_for(problem)
+    else:
+        assert forward.steps_for(problem) == (forward.portable_steps(problem) if problem.seqlen else _launch.Steps())
+
+
+def test_no_tokens_have_any_precision():
+    problem = dataclasses.replace(REFUSED["no tokens"], high=True, return_state=True)
+    assert forward.steps_for(problem) == forward.portable_steps(problem)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(128, 128), (64, 128)])
+def test_warmup_knows_all_kernels_of_wide_v(play, monkeypatch, dtype, qk_dim, v_dim):
+    check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (192, 192), (256, 256), (17, 17)])
+def test_warmup_knows_all_kernels(play, monkeypatch, dtype, qk_dim, v_dim):
+    check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim)
+
+
+def check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim):
+    play(Driver())
+    monkeypatch.setattr(forward, "_device_properties", lambda _: (90, NUM_SMS))
+    known = forward.kernels_for(dtype, qk_dim, v_dim, causal=True, device_id=0)
+    for num_heads, seqlen in itertools.product((1, 2, 8, 33, 64, 100, 132, 200, 1000), (1, 65, 1000, 4096, 2**15)):
+        steps = forward.steps_for(problem_of(1, num_heads, seqlen, qk_dim, v_dim, dtype=dtype))
+        assert {launch.kernel for launch in steps.launches} <= set(known), (num_heads, seqlen)
+
+
+# What it is handed
+
+
+def only_launch(steps):
+    (launch,) = steps.launches
+    return launch, np.frombuffer(launch.arguments.template[: forward_sm90._ARGS.itemsize], forward_sm90._ARGS)[0]
+
+
+def tensor_map(args, name):
+    return np.frombuffer(args[name].tobytes()[: TENSOR_MAP.itemsize], TENSOR_MAP)[0]
+
+
+def check_pointers(launch, wanted):
+    """Each array's pointer goes where the struct has it; into its descriptor, if it has one."""
+    offsets = {name: forward_sm90._ARGS.fields[name][1] + (ADDRESS if name in "qkvo" else 0) for name in wanted}
+    assert {name: offset for offset, name in launch.arguments.pointers} == offsets
+    assert len(launch.arguments.template) % 64 == 0, "descriptors are aligned to 64 bytes"
+
+
+def test_steps_of_a_whole_sequence(play):
+    play(Driver())
+    shape = (4, 2000, 32, 128)
+    problem = problem_of(4, 32, 2000, 128, q=heads_first(shape), o=heads_first(shape), slope=0.5, dtype="float16")
+    steps = forward_sm90.steps(problem)
+    launch, args = only_launch(steps)
+    plan = forward_sm90.plan_for("float16", 128, 2)
+    assert steps.buffers == ()
+    assert (launch.file, launch.name, launch.constants) == ("forward_sm90.cu", "forward", plan.constants)
+    assert (launch.grid, launch.block) == ((128, 1, 1), (512, 1, 1))
+    assert launch.smem_bytes == plan.smem_bytes
+    assert not launch.cooperative
+    check_pointers(launch, "qkvo")
+    token, head, batch = 32 * 128 * 2, 128 * 2, 2000 * 32 * 128 * 2
+    for name, strides in {
+        "k": (token, head),
+        "v": (token, head),
+        "q": (256, 2000 * 256),
+        "o": (256, 2000 * 256),
+    }.items():
+        described = tensor_map(args, name)
+        assert tuple(described["sizes"]) == (128, 2000, 32, 4)
+        assert tuple(described["strides"]) == (*strides, batch)
+        assert tuple(described["box"]) == (64, 64, 1, 1)
+        assert tuple(described["element_strides"]) == (1, 1, 1, 1)
+        # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _SWIZZLE_128B, and zeros outside.
+        flags = {"dtype": 6, "interleave": 0, "swizzle": 3, "promotion": 3, "fill": 0}
+        assert {flag: int(described[flag]) for flag in flags} == flags
+    sizes = {"num_rows": 128, "seqlen": 2000, "team_size": 1, "segment_length": 2048, "num_heads": 32}
+    sizes |= {"qk_dim": 128, "v_dim": 128, "num_v_blocks": 1, "scale": 0.25, "slope": 0.5}
+    assert {name: args[name] for name in sizes} == sizes
+
+
+@pytest.mark.parametrize("slopes_dtype", ["float32", "float64"])
+def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype):
+    play(Driver())
+    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (1, 20))
+    extras = {"slopes": (slopes_dtype, 3), "initial_strides": (7, 5, 3, 1), "return_state": True, "high": True}
+    steps = forward_sm90.steps(problem_of(2, 3, 5000, 192, 136, **extras))
+    launch, args = only_launch(steps)
+    plan = forward_sm90.plan_for("bfloat16", 192, 1, split=True, high=True)
+    assert launch.constants == plan.constants
+    # 6 teams of 20 of 132 blocks, for 18 rows.
+    assert (launch.grid, launch.block) == ((120, 1, 1), (384, 1, 1))
+    assert launch.cooperative
+    workspace, counters = steps.buffers
+    assert workspace == _launch.Buffer("workspace", (6, 2, 19, 192, 64), "float32")
+    assert counters == _launch.Buffer("counters", (6, 2), "float32", zeroed=True)
+    check_pointers(launch, [*"qkvo", "final_state", "initial_state", "workspace", "counters", "slopes"])
+    assert tuple(args["initial_strides"]) == (7, 5, 3, 1)
+    sizes = {"num_rows": 18, "team_size": 20, "segment_length": 256, "num_v_blocks": 3, "slopes_stride": 3}
+    assert {name: args[name] for name in sizes} == sizes
+    assert bool(args["slopes_are_double"]) == (slopes_dtype == "float64")
+    assert tuple(tensor_map(args, "q")["sizes"]) == (192, 5000, 3, 2)
+    assert tuple(tensor_map(args, "v")["sizes"]) == (136, 5000, 3, 2)
+    assert tensor_map(args, "v")["dtype"] == 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+
+
+@pytest.mark.parametrize(("num_heads", "v_dim", "v_groups"), [(132, 64, 1), (66, 128, 1), (67, 128, 2), (300, 72, 2)])
+def test_steps_of_float32(play, num_heads, v_dim, v_groups):
+    play(Driver())
+    problem = problem_of(1, num_heads, 5000, 128, v_dim, dtype="float32", return_state=True)
+    assert forward_sm90.fits(problem)
+    launch, args = only_launch(forward.steps_for(problem))
+    plan = forward_sm90.float_plan_for(128, v_groups)
+    assert (launch.file, launch.constants) == ("forward_float_sm90.cu", plan.constants)
+    assert launch.grid == (num_heads * -(-v_dim // (64 * v_groups)), 1, 1)
+    assert launch.block == (128 * (2 + v_groups), 1, 1)
+    assert not launch.cooperative
+    check_pointers(launch, [*"qkvo", "final_state"])
+    described = tensor_map(args, "v")
+    assert tuple(described["sizes"]) == (v_dim, 5000, num_heads, 1)
+    assert tuple(described["strides"][:2]) == (num_heads * v_dim * 4, v_dim * 4)
+    assert tuple(described["box"]) == (32, 64, 1, 1)
+    assert described["dtype"] == 7  # CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+
+
+def test_address_that_is_not_there_in_plain_bytes(play):
+    play(Driver(checksum=True))
+    with pytest.raises(RuntimeError, match=r"^the driver's TMA descriptors have changed"):
+        _tensor_map.address_offset()
+    play(Driver())
+    assert _tensor_map.address_offset() == ADDRESS
+
+
+def test_refusal_of_the_driver_is_said(play):
+    play(Driver(status=1))
+    message = r"^cuTensorMapEncodeTiled refuses bfloat16 \(2, 100, 3, 64\) with strides .*: CUDA error 1$"
+    with pytest.raises(RuntimeError, match=message):
+        forward_sm90.steps(GOOD)
+
+
+# How structs of the CUDA sources lie in memory, by names of types; pointers to anything are alike.
+C_TYPES = {
+    "TensorMap": ctypes.c_uint64 * 16,
+    "Strides": ctypes.c_int64 * 4,
+    "StateStrides": ctypes.c_int64 * 4,
+    "int64_t": ctypes.c_int64,
+    "double": ctypes.c_double,
+    "int": ctypes.c_int32,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "packed"),
+    [("forward.cuh", "Args", forward._ARGS), ("forward_sm90.cuh", "HopperArgs", forward_sm90._ARGS)],
+)
+def test_struct_is_packed_as_the_kernel_reads_it(file, name, packed):
+    source = re.sub(r"//.*", "", (_compile.kernels_dir() / file).read_text())
+    body = re.search(rf"struct {name} {{(.*?)}};", source, re.DOTALL)[1]
+    fields = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+)\s*(.*)", declaration, re.DOTALL).groups()
+        for field in names.split(","):
+            is_pointer = field.strip().startswith("*")
+            fields.append((field.strip(" *\n"), ctypes.c_void_p if is_pointer else C_TYPES[kind]))
+    in_c = type("InC", (ctypes.Structure,), {"_fields_": fields})
+    layout = {field: (getattr(in_c, field).offset, getattr(in_c, field).size) for field, _ in fields}
+    assert {field: (offset, dtype.itemsize) for field, (dtype, offset, *_) in packed.fields.items()} == layout
