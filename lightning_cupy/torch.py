@@ -1,4 +1,4 @@
-"""The adapter for torch tensors: the only module that imports torch."""
+"""The adapter for torch tensors: the only module that needs torch; the bench borrows it where it is installed."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ In a process of its own: in one that has done much else, as pytest's has, the sa
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 
@@ -19,18 +20,15 @@ SHAPE = (1, 64, 2, 64)
 
 
 def microseconds(call) -> float:
-    """What a call takes on the host in the quickest of some batches, the device never far behind.
-
-    What others make a machine do meanwhile only adds to it.
-    """
+    """Median over batches of what a call takes on the host, the device never far behind."""
     times = []
-    for _ in range(21):
+    for _ in range(11):
         cupy.cuda.Device().synchronize()
         start = time.perf_counter()
         for _ in range(100):
             call()
         times.append((time.perf_counter() - start) * 1e4)
-    return min(times)
+    return statistics.median(times[1:])
 
 
 def arrays_of(library: str) -> tuple:

@@ -36,7 +36,7 @@ def accepted_spills(plan: Plan) -> int:
     # Hopper's registers are set by hand for each role, and where an SM's are the tightest a team's walk, or float32,
     # wants a few more: what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
     is_tight = isinstance(plan, HOPPER_PLANS) and (plan.v_groups == 2 or plan.qk_dim == 256)
-    return 160 if is_tight and (plan.dtype == "float32" or plan.split) else 0
+    return 64 if is_tight and (plan.dtype == "float32" or plan.split) else 0
 
 
 def arch_of(plan: Plan) -> int:

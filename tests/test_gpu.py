@@ -693,7 +693,7 @@ def test_host_time(request, library, limit):
     assert finished.returncode == 0, finished.stderr
     times = json.loads(finished.stdout)
     print(f"\nhost us a call, {library}: {', '.join(f'{name} {us:.1f}' for name, us in times.items())}")
-    assert max(times[name] for name in ("q, k, v", "out", "slopes on the GPU", "one slope")) <= limit
+    assert max(us for name, us in times.items() if name != "empty kernel") <= limit
 
 
 def test_eight_threads_at_once(rng):
