@@ -1,34 +1,36 @@
 // What python -m lightning_cupy bench measures beside the ops: the floor that memory sets, and tools to time with.
-// Constants come as -D from lightning_cupy/bench.py.
+// Constants come as -D from lightning_cupy/_bench_gpu.py.
 
-constexpr int kAhead = AHEAD;  // vectors that a thread has under way of each input: hides the latency of memory
+// Of the vector of 16 bytes that a thread takes.
+__device__ __forceinline__ long long vector_idx() {
+  return static_cast<long long>(blockIdx.x) * NUM_THREADS + threadIdx.x;
+}
 
-// o = q ^ k ^ v by 16-byte vectors: the traffic of the forward, and no arithmetic. q and k have num_qk vectors, v and
-// o have num_v. A block takes a tile of kAhead vectors a thread, then the one that lies a grid further.
+// o = q ^ k ^ v: the traffic of the forward, and no arithmetic. q and k have num_qk vectors, v and o have num_v.
+// One vector a thread and no loop: on an H200 threads that loop, with more vectors under way each, are slower.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS)
     stream(uint4* o, const uint4* q, const uint4* k, const uint4* v, long long num_qk, long long num_v) {
-  long long num_vectors = num_qk > num_v ? num_qk : num_v;
-  long long tile = static_cast<long long>(kAhead) * NUM_THREADS;
-  for (long long first = blockIdx.x * tile + threadIdx.x; first < num_vectors; first += gridDim.x * tile) {
-    uint4 from_q[kAhead], from_k[kAhead], from_v[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      long long idx = first + i * NUM_THREADS;
-      from_q[i] = idx < num_qk ? __ldcs(q + idx) : uint4{0, 0, 0, 0};
-      from_k[i] = idx < num_qk ? __ldcs(k + idx) : uint4{0, 0, 0, 0};
-      from_v[i] = idx < num_v ? __ldcs(v + idx) : uint4{0, 0, 0, 0};
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      long long idx = first + i * NUM_THREADS;
-      uint4 result = {from_q[i].x ^ from_k[i].x ^ from_v[i].x, from_q[i].y ^ from_k[i].y ^ from_v[i].y,
-                      from_q[i].z ^ from_k[i].z ^ from_v[i].z, from_q[i].w ^ from_k[i].w ^ from_v[i].w};
-      // NOTE: where q is wider than o, the second condition, hardly ever true, keeps its loads from being left out.
-      if (idx < num_v || (result.x & result.y & result.z & result.w) == 0xfffffffe) {
-        __stcs(o + (idx < num_v ? idx : 0), result);
-      }
-    }
+  long long idx = vector_idx();
+  uint4 zero = {0, 0, 0, 0};
+  uint4 from_q = idx < num_qk ? __ldcs(q + idx) : zero;
+  uint4 from_k = idx < num_qk ? __ldcs(k + idx) : zero;
+  uint4 from_v = idx < num_v ? __ldcs(v + idx) : zero;
+  uint4 result = {from_q.x ^ from_k.x ^ from_v.x, from_q.y ^ from_k.y ^ from_v.y, from_q.z ^ from_k.z ^ from_v.z,
+                  from_q.w ^ from_k.w ^ from_v.w};
+  // NOTE: where q is wider than o, the second condition, hardly ever true, keeps its loads from being left out.
+  if (idx < num_v || (result.x & result.y & result.z & result.w) == 0xfffffffe) {
+    __stcs(o + (idx < num_v ? idx : 0), result);
   }
+}
+
+// Fills L2 with lines of a buffer of zeros, larger than it. They are read, since lines that were written would have to
+// go back to memory later, while a call is timed.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) flush(uint4* zeros, long long num_vectors) {
+  long long idx = vector_idx();
+  if (idx >= num_vectors) return;
+  uint4 x = zeros[idx];
+  // NOTE: never true, but the compiler cannot know, and keeps the load.
+  if ((x.x | x.y | x.z | x.w) != 0) zeros[idx] = uint4{0, 0, 0, 0};
 }
 
 // Keeps the stream busy for some cycles, while the host queues what is to be timed behind it.

@@ -11,42 +11,55 @@
 //
 // A block is a producer warpgroup, of which one thread feeds TMA and one for each group stores, the scores warpgroup,
 // and V_GROUPS warpgroups for the state and outputs: stages of one pipeline, and so in one file. They hand tiles on
-// through mbarriers. Without SPLIT a block walks one
-// (batch, head, 64 V_GROUPS columns of v), a row, from the first token to the last. With it a team of blocks does, a
-// segment of the sequence each: first the states that their segments add (k and v), then, exchanged through memory,
-// each a slice of the elements, the states in front of the segments, then the outputs. Blocks wait for each other, so
-// all must be resident: forward_sm90.py launches cooperatively.
+// through mbarriers. Without SPLIT a block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first
+// token to the last; where there are few, the CLUSTER blocks of a head are a cluster, in which each loads a part of q
+// and k for all, and they take turns in making P for all. With SPLIT a team of blocks walks a row, a segment of the
+// sequence each: first the states that their segments add (k and v), then, exchanged through memory, each a slice of
+// the elements, the states in front of the segments, then the outputs. Blocks wait for each other, so all must be
+// resident: forward_sm90.py launches cooperatively.
 //
-// float16 has little range: rows of P, and rows of ST and of decayed vT, are scaled by powers of two, which is exact.
-#include "forward_sm90.cuh"
+// float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
+#include "state_sm90.cuh"
 
-constexpr int kQkDim = QK_DIM, kGroups = V_GROUPS, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
-constexpr bool kBfloat16 = BFLOAT16, kSplit = SPLIT, kHigh = HIGH;
-constexpr int kChunk = 64, kQkBlocks = kQkDim / 64, kThreads = 128 * (2 + kGroups);
+constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kThreads = 128 * (2 + kGroups), kPBuffers = 2;
+constexpr bool kSplit = SPLIT, kHigh = HIGH;
 constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kGroups == 1 ? 128 : 80;
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
-static_assert(kQkDim % 64 == 0 && 128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
-              "one swizzled block is 64 columns; an SM has 65536 registers");
+static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
+              "an SM has 65536 registers");
+static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
+
+constexpr int kScoresBarrier = 3;
+
+struct Scores {
+  alignas(1024) Tile tile[kHigh ? 2 : 1];
+  float unit[kChunk], to_unit[kChunk];  // float16: what one in a row stands for, and its inverse
+};
+constexpr int kScoresBytes = kBfloat16 ? sizeof(Scores::tile) : sizeof(Scores::tile) + 2 * kChunk * sizeof(float);
 
 struct Shared {
   alignas(1024) Tile q[kStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
-  Tile p[2][kHigh ? 2 : 1];
   Tile o[kGroups][kOutputBuffers];
-  float p_unit[2][kChunk], p_to_unit[2][kChunk];  // float16: what one in a row of p stands for, and its inverse
+  Scores p[kPBuffers];
   float o_decay[kGroups][kChunk];                 // scale decay^(i+1)
-  // decay^(num_tokens-1-j) of pairs of tokens as high + low, relative to the largest; of a whole chunk, and the last.
-  uint2 v_decay[kGroups][2][kChunk / 2];
-  float state_decay[kGroups][2], v_growth[kGroups][2];  // decay^num_tokens; the largest of v_decay, at least 1
-  float segment_decay[kGroups];                         // decay^segment_length
-  // Of a stage: q and k for the scores, v (and k, for states alone) have arrived; all have been used. Of p, o likewise.
-  uint64_t qk_full[kStages], v_full[kStages], empty[kStages], p_full[2], p_empty[2];
+  Decay decay[kGroups];
+  float segment_decay[kGroups];  // decay^segment_length
+  // Of a stage: q and k for the scores, v (and k, for states alone) have arrived; all blocks of the cluster have used
+  // theirs. Of p likewise: it is in this block; the next that this block makes may go to the same buffer of all.
+  uint64_t qk_full[kStages], v_full[kStages], empty[kStages], p_full[kPBuffers], p_empty[kPBuffers];
   uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
 };
 static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 
-// Where TMA and wgmma put the 16 bytes `vector` of a row.
-__device__ __forceinline__ void* swizzled(Tile& tile, int row, int vector) {
-  return &tile[row][(vector ^ row % 8) * 8];
+// One warp has used a stage: the first lanes tell the blocks of the cluster.
+__device__ __forceinline__ void release(uint64_t& empty, uint32_t num_arrivals = 1) {
+  int lane = threadIdx.x % 32;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) mbarrier_arrive(empty, num_arrivals);
+  } else {
+    __syncwarp();
+    if (lane < kCluster) mbarrier_arrive_at(lane, empty);
+  }
 }
 
 // What a block does next: a pass over a segment of a row, for its state or for its outputs.
@@ -60,13 +73,14 @@ struct Pass {
 // A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
 struct Schedule {
   const HopperArgs& args;
-  int team, num_teams, member, num_rows;
+  int team, num_teams, member, num_rows, rank;
 
   __device__ __forceinline__ explicit Schedule(const HopperArgs& args) : args(args) {
     team = kSplit ? blockIdx.x / args.team_size : blockIdx.x;
     member = kSplit ? blockIdx.x % args.team_size : 0;
     num_teams = kSplit ? gridDim.x / args.team_size : gridDim.x;
     num_rows = kSplit ? (args.num_rows - team + num_teams - 1) / num_teams : 1;
+    rank = kCluster == 1 ? 0 : blockIdx.x % kCluster;
   }
 
   // With SPLIT, two for each row: its state, its outputs.
@@ -82,8 +96,21 @@ struct Schedule {
     pass.head_idx = head - pass.batch_idx * args.num_heads;
     pass.first_token = kSplit ? min(member * args.segment_length, args.seqlen) : 0;
     pass.num_tokens = kSplit ? min(args.segment_length, args.seqlen - pass.first_token) : args.seqlen;
-    if (!pass.outputs && member == args.team_size - 1) pass.num_tokens = 0;  // nothing is behind it
+    if (!pass.outputs) {
+      if (member == args.team_size - 1) {
+        pass.num_tokens = 0;  // nothing is behind it
+      } else if (member > 0 || args.initial_state == nullptr) {
+        int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
+        pass.first_token += num_forgotten;
+        pass.num_tokens -= num_forgotten;
+      }
+    }
     return pass;
+  }
+
+  // How many tokens it takes until the decay of a float is 0. Without decay, more than there are.
+  static __device__ __forceinline__ int memory(double slope) {
+    return 1 + static_cast<int>(fminf(__fdividef(104.0f, fmaxf(static_cast<float>(slope), 1e-8f)), 1e9f));
   }
 };
 
@@ -97,27 +124,6 @@ struct Ring {
   __device__ __forceinline__ uint32_t parity() const { return parities >> stage & 1; }
   __device__ __forceinline__ void flip() { parities ^= 1u << stage; }
 };
-
-// 2^14 to 2^15 is where the largest number of a float16 operand is put; `exponent` is a biased float exponent.
-__device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float((268 - exponent) << 23); }
-__device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
-// Units stay between 2^-54 and 2^112; that of zeros is 1.
-__device__ __forceinline__ int unit_exponent(float largest) {
-  int exponent = __float_as_uint(largest) >> 23 & 0xff;
-  return largest == 0 ? 141 : min(max(exponent, 87), 253);
-}
-// The largest of four neighbouring lanes, which hold one row of an accumulator.
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-// `high + low` is the pair to about 16 bits (float16: 22).
-__device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, float y) {
-  high = pack<kBfloat16>(x, y);
-  float2 rounded = unpack<kBfloat16>(high);
-  low = pack<kBfloat16>(x - rounded.x, y - rounded.y);
-}
 
 __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
   prefetch_tensor_map(args.q);
@@ -137,8 +143,13 @@ __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, 
       mbarrier_arrive_expect_tx(v_full, (kGroups + (pass.outputs ? 0 : kQkBlocks)) * kTileBytes);
 #pragma unroll
       for (int block = 0; block < kQkBlocks; block++) {
-        if (pass.outputs) tma_load(shared.q[stage][block], args.q, k_full, block * 64, token, head, batch);
-        tma_load(shared.k[stage][block], args.k, k_full, block * 64, token, head, batch);
+        // Blocks of a cluster load tiles in turn, each for all of them.
+        if (pass.outputs && 2 * block % kCluster == schedule.rank) {
+          tma_load_to_cluster<kCluster>(shared.q[stage][block], args.q, k_full, block * 64, token, head, batch);
+        }
+        if ((2 * block + 1) % kCluster == schedule.rank) {
+          tma_load_to_cluster<kCluster>(shared.k[stage][block], args.k, k_full, block * 64, token, head, batch);
+        }
       }
 #pragma unroll
       for (int group = 0; group < kGroups; group++) {
@@ -172,7 +183,7 @@ __device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, co
 }
 
 constexpr int kStateSize = kGroups * kQkDim * 64;  // of a row, padded
-constexpr int kGroupBarrier = 1;
+constexpr int kGroupBarrier = 1;  // and the next
 
 // States behind the team's segments but the last, [team_size - 1, kStateSize]: first what each segment adds, then what
 // there is. Rows take turns between two, since a block may be at the next row while another still reads.
@@ -181,45 +192,56 @@ __device__ __forceinline__ float* states_of(const Schedule& schedule, int row_id
   return schedule.args.workspace + (schedule.team * 2 + row_idx % 2) * num_states * kStateSize;
 }
 
-// The groups of all blocks of a team come to a point: they wait until `count` have added to a counter.
-__device__ __forceinline__ void meet_team(uint32_t* counter, uint32_t count, int barrier) {
+// A group's flag at one of the two meetings of its team, or another's.
+enum Meeting { kAdded, kScanned };
+__device__ __forceinline__ uint64_t* flag(const Schedule& schedule, Meeting meeting, int idx) {
+  const HopperArgs& args = schedule.args;
+  float* behind_states = args.workspace + static_cast<int64_t>(schedule.num_teams) * 2 * (args.team_size - 1) * kStateSize;
+  return reinterpret_cast<uint64_t*>(behind_states) + (schedule.team * 2 + meeting) * args.team_size * kGroups + idx;
+}
+
+// The groups of all blocks of a team come to a point: each sets its flag to a value that no flag has had.
+__device__ __forceinline__ void meet_team(const Schedule& schedule, Meeting meeting, int pass_idx, int group) {
+  int thread = threadIdx.x % 128, barrier = kGroupBarrier + group;
+  uint64_t value = schedule.args.first_flag + pass_idx;
   __threadfence();
   named_barrier(barrier, 128);
-  if (threadIdx.x % 128 == 0) {
-    add_release(counter, 1);
-    while (load_acquire(counter) < count) __nanosleep(20);
+  if (thread == 0) store_release(flag(schedule, meeting, schedule.member * kGroups + group), value);
+  for (int idx = thread; idx < schedule.args.team_size * kGroups; idx += 128) {
+    while (load_acquire(flag(schedule, meeting, idx)) != value) __nanosleep(20);
   }
   named_barrier(barrier, 128);
 }
 
-// In place, what segments add becomes the states behind them: this block's slice of the elements, kWidth of them a
-// thread at a time. What counts is how many loads are under way.
-template <int kWidth, int kAhead>
+__device__ __forceinline__ void clear_flag(const Schedule& schedule, Meeting meeting, int group) {
+  if (threadIdx.x % 128 == 0) *flag(schedule, meeting, schedule.member * kGroups + group) = 0;
+}
+
+// In place, what segments add becomes the states behind them: this block's slice of the elements, one a thread at a
+// time. What counts is how many loads are under way.
 __device__ __forceinline__ void scan(const Schedule& schedule, float* states, int group, float decay) {
+  constexpr int kAhead = 16;
   const int num_states = schedule.args.team_size - 1;
-  const int per_member = (kStateSize / kWidth + num_states) / (num_states + 1);
-  const int end = min(kStateSize / kWidth, (schedule.member + 1) * per_member);
+  const int per_member = (kStateSize + num_states) / (num_states + 1);
+  const int end = min(kStateSize, (schedule.member + 1) * per_member);
   uint32_t thread = group * 128 + threadIdx.x % 128;
   forget_origin(thread);
 #pragma unroll 1
   for (int idx = schedule.member * per_member + thread; idx < end; idx += 128 * kGroups) {
-    float* state = states + idx * kWidth;
-    float x[kWidth] = {};
+    float* state = states + idx;
+    float x = 0;
 #pragma unroll 1
     for (int num_left = num_states; num_left > 0; num_left -= kAhead) {
-      float added[kAhead][kWidth];
+      float added[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
-        if (i < num_left) load_l2(added[i], state + i * kStateSize);
+        if (i < num_left) added[i] = load_l2(state + i * kStateSize);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
         if (i < num_left) {
-#pragma unroll
-          for (int e = 0; e < kWidth; e++) {
-            // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
-            x[e] = (x[e] == 0 ? 0 : decay * x[e]) + added[i][e];
-          }
+          // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
+          x = (x == 0 ? 0 : decay * x) + added[i];
           store_l2(state + i * kStateSize, x);
         }
       }
@@ -228,14 +250,27 @@ __device__ __forceinline__ void scan(const Schedule& schedule, float* states, in
   }
 }
 
-// P of all chunks of a pass.
-__device__ __forceinline__ void scores(Shared& shared, const Pass& pass, Ring& ring, int& p_uses,
-                                       const float (&factor)[32]) {
+// P number `use` may be made: where it goes, all blocks have used the one before. Of each buffer's, this block makes
+// every kPeriod-th, the first of them in a buffer that nobody has used if use < kPBuffers.
+__device__ __forceinline__ void wait_for_p_empty(Shared& shared, int use, int rank) {
+  constexpr int kPeriod = kCluster % kPBuffers == 0 ? kCluster : kCluster * kPBuffers;
+  int first = use % kPeriod, parity = use / kPeriod % 2;
+  if (first < kPBuffers) parity ^= 1;
+  mbarrier_wait(shared.p_empty[use % kPBuffers], parity);
+}
+
+// P of all chunks of a pass; blocks of a cluster take turns, each making it for all of them.
+__device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, int rank, Ring& ring, int& p_uses,
+                                            const float (&factor)[32]) {
   int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance()) {
+  for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance(), p_uses++) {
     int stage = ring.stage;
     mbarrier_wait(shared.qk_full[stage], ring.parity());
     ring.flip();
+    if (kCluster > 1 && p_uses % kCluster != rank) {
+      release(shared.empty[stage]);
+      continue;
+    }
     float p[32];
     wgmma_fence();
 #pragma unroll
@@ -245,13 +280,13 @@ __device__ __forceinline__ void scores(Shared& shared, const Pass& pass, Ring& r
     }
     wgmma_commit();
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(shared.empty[stage]);
+    release(shared.empty[stage]);
 #pragma unroll
     for (int i = 0; i < 32; i++) p[i] *= factor[i];
 
-    int buffer = p_uses % 2;
-    mbarrier_wait(shared.p_empty[buffer], p_uses / 2 % 2 ^ 1);
-    p_uses++;
+    int buffer = p_uses % kPBuffers;
+    Scores& scores = shared.p[buffer];
+    wait_for_p_empty(shared, p_uses, rank);
     if constexpr (!kBfloat16) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -262,8 +297,8 @@ __device__ __forceinline__ void scores(Shared& shared, const Pass& pass, Ring& r
 #pragma unroll
         for (int i = 0; i < 16; i++) p[i / 2 * 4 + half * 2 + i % 2] *= to_unit(exponent);
         if (lane % 4 == 0) {
-          shared.p_unit[buffer][warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
-          shared.p_to_unit[buffer][warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
+          scores.unit[warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
+          scores.to_unit[warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
         }
       }
     }
@@ -280,12 +315,18 @@ __device__ __forceinline__ void scores(Shared& shared, const Pass& pass, Ring& r
           high[i] = pack<kBfloat16>(x, y);
         }
       }
-      stmatrix_x4(swizzled(shared.p[buffer][0], row, pair * 2 + lane / 16), high);
-      if constexpr (kHigh) stmatrix_x4(swizzled(shared.p[buffer][1], row, pair * 2 + lane / 16), low);
+      stmatrix_x4(swizzled(scores.tile[0], row, pair * 2 + lane / 16), high);
+      if constexpr (kHigh) stmatrix_x4(swizzled(scores.tile[1], row, pair * 2 + lane / 16), low);
     }
     fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.p_full[buffer]);
+    if constexpr (kCluster == 1) {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared.p_full[buffer]);
+    } else {
+      named_barrier(kScoresBarrier, 128);
+      if (thread == rank) mbarrier_arrive(shared.p_full[buffer]);
+      if (thread != rank && thread < kCluster) copy_to(thread, &scores, kScoresBytes, shared.p_full[buffer]);
+    }
   }
 }
 
@@ -305,108 +346,9 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
         float decay = expf(static_cast<float>(-slope * max(distance, 0)));
         factor[i] = distance >= 0 ? scale * decay : 0;
       }
-      scores(shared, pass, ring, p_uses, factor);
+      make_scores(shared, pass, schedule.rank, ring, p_uses, factor);
     } else {
       ring.skip(pass.num_chunks());
-    }
-  }
-}
-
-using State = float[kQkDim / 2];
-
-// What one in the two rows of a thread stands for; always 1 in bfloat16.
-struct RowUnits {
-  float unit[2] = {1, 1};
-};
-
-// 16 tokens of this warp's 16 columns of v, transposed: a left operand.
-__device__ __forceinline__ void load_v(uint32_t (&v)[4], Tile& tile, int step) {
-  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  ldmatrix_x4_trans(v, swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-}
-
-// decay^(num_tokens-1-j) v of a chunk as high + low: left operands.
-struct DecayedV {
-  uint32_t high[4][4], low[4][4];
-};
-
-// In units of its own; `state_factor` is what a state is to be multiplied by, for the chunk's decay and to have these
-// units. `which` is 1 for the last, shorter chunk of a sequence.
-__device__ __forceinline__ void decay_v(DecayedV& result, float (&state_factor)[2], RowUnits& units, Shared& shared,
-                                        int stage, int group, int which) {
-  int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 0; step < 4; step++) load_v(result.high[step], shared.v[stage][group], step);
-  state_factor[0] = state_factor[1] = shared.state_decay[group][which];
-  if constexpr (!kBfloat16) {
-    // Rows of v are brought near 2^14, as far as a float16 factor goes: decayed, their low part has less to lose.
-    uint32_t factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t largest = 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        largest = largest_of_half_pairs(largest, result.high[i / 2][i % 2 * 2 + half] & 0x7fff7fff);
-      }
-      float2 pair = unpack<false>(largest);
-      int exponent = __float_as_uint(row_max(fmaxf(pair.x, pair.y))) >> 23;
-      int up = min(max(141 - exponent, -14), 15);
-      factor[half] = (up + 15) * 0x04000400;
-      float unit = shared.v_growth[group][which] * __uint_as_float((127 - up) << 23);
-      state_factor[half] *= units.unit[half] / unit;
-      units.unit[half] = unit;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      result.high[i / 4][i % 4] = multiply_pairs<false>(result.high[i / 4][i % 4], factor[i % 2]);
-    }
-  }
-#pragma unroll
-  for (int step = 0; step < 4; step++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      uint2 decay = shared.v_decay[group][which][step * 8 + i / 2 * 4 + lane % 4];
-      uint32_t v = result.high[step][i], high = multiply_pairs<kBfloat16>(v, decay.x);
-      // What rounding left of the product is exact; then that of the decay.
-      uint32_t low = multiply_add_pairs<kBfloat16>(v, decay.x, negate_pairs<kBfloat16>(high));
-      result.high[step][i] = high;
-      result.low[step][i] = multiply_add_pairs<kBfloat16>(v, decay.y, low);
-    }
-  }
-}
-
-__device__ __forceinline__ void scale_state(State& state, const float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < kQkDim / 2; i++) {
-    state[i] *= factor[i / 2 % 2];
-    forget_origin(state[i]);  // now: behind the next product ptxas would wait for it first
-  }
-}
-
-// state += decayed vT k
-__device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < 4; step++) {
-    uint64_t k_step = wgmma_descriptor(k, step * 2048);
-    wgmma_transposed<kBfloat16>(state, v.high[step], k_step);
-    wgmma_transposed<kBfloat16>(state, v.low[step], k_step);
-  }
-  wgmma_commit();
-}
-
-// What to multiply the state by so that its rows, as operands, stay in range; `units` become those of the products.
-__device__ __forceinline__ void put_in_range(float (&factor)[2], RowUnits& units, const State& state) {
-  factor[0] = factor[1] = 1;
-  if constexpr (!kBfloat16) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float largest = 0;
-#pragma unroll
-      for (int i = 0; i < kQkDim / 4; i++) largest = fmaxf(largest, fabsf(state[i / 2 * 4 + half * 2 + i % 2]));
-      int exponent = unit_exponent(row_max(largest));
-      factor[half] = to_unit(exponent);
-      units.unit[half] *= from_unit(exponent);
     }
   }
 }
@@ -477,48 +419,13 @@ struct Group {
     named_barrier(barrier, 128);
     if (thread < kChunk) {
       shared.o_decay[group][thread] = static_cast<float>(args.scale) * power(thread + 1);
-      int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (args.seqlen - 1) % kChunk + 1;
-      float growth = kBfloat16 ? 1 : fmaxf(power(num_tokens - 1), 1.0f);
-      float decay[2];
-      // Behind the end there are zeros, which no decay may make NaN.
-      for (int i = 0; i < 2; i++) decay[i] = power(max(num_tokens - 1 - 2 * pair - i, 0)) / growth;
-      uint2& packed = shared.v_decay[group][which][pair];
-      split(packed.x, packed.y, decay[0], decay[1]);
-      if (pair == 0) {
-        shared.state_decay[group][which] = power(num_tokens);
-        shared.v_growth[group][which] = growth;
-      }
+      fill(shared.decay[group], thread, slope, args.seqlen);
     }
     if (kSplit && thread == kChunk) shared.segment_decay[group] = power(args.segment_length);
     named_barrier(barrier, 128);
   }
 
   __device__ __forceinline__ int first_v(const Pass& pass) const { return (pass.v_block * kGroups + group) * 64; }
-
-  // NOTE: here and below, where the thread's number goes into indices its origin is forgotten, or the compiler would
-  // make the indices of all states once, in front of everything, and keep a hundred registers for them all the while.
-  __device__ __forceinline__ void load_initial_state(const Pass& pass, bool exists) {
-#pragma unroll
-    for (int i = 0; i < kQkDim / 2; i++) state[i] = 0;
-    units = {};
-    if (!exists) return;  // once: a branch for each element costs microseconds of fetching instructions
-    uint32_t same_thread = thread;
-    forget_origin(same_thread);
-#pragma unroll
-    for (int i = 0; i < kQkDim / 2; i++) {
-      state[i] = initial(args, pass.batch_idx, pass.head_idx, StateIndex(first_v(pass), i, same_thread));
-    }
-  }
-
-  __device__ __forceinline__ void store_final_state(const Pass& pass) {
-    uint32_t same_thread = thread;
-    forget_origin(same_thread);
-#pragma unroll
-    for (int i = 0; i < kQkDim / 2; i++) {
-      store_final(args, pass.batch_idx, pass.head_idx, StateIndex(first_v(pass), i, same_thread),
-                  state[i] * units.unit[i / 2 % 2]);
-    }
-  }
 
   __device__ __forceinline__ void load_segment_state(const float* from) {
     from += group * (kQkDim * 64);
@@ -546,7 +453,7 @@ struct Group {
   __device__ __forceinline__ void take_v(DecayedV& v, float (&state_factor)[2], RowUnits& units, const Ring& ring,
                                          int num_tokens_left) {
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    decay_v(v, state_factor, units, shared, ring.stage, group, num_tokens_left < kChunk);
+    decay_v(v, state_factor, units, shared.v[ring.stage][group], shared.decay[group], num_tokens_left < kChunk);
   }
 
   // The state of a segment alone. While the product of a chunk is under way, v of the next is made; behind the last
@@ -570,7 +477,7 @@ struct Group {
       if (!is_last) units = next_units;
       wgmma_wait<0>();
       // The first group arrives for the scores warpgroup, which has no part in this.
-      if (lane == 0) mbarrier_arrive(shared.empty[stage], group == 0 ? 2 : 1);
+      release(shared.empty[stage], group == 0 ? 2 : 1);
       ring.flip();
       ring.advance();
     };
@@ -625,7 +532,7 @@ struct Group {
       int token = pair * 8 + lane % 4 * 2;
       float2 factor = factors[pair];
       if constexpr (!kBfloat16) {
-        float2 to_unit = *reinterpret_cast<const float2*>(&shared.p_to_unit[buffer][token]);
+        float2 to_unit = *reinterpret_cast<const float2*>(&shared.p[buffer].to_unit[token]);
         factor.x *= to_unit.x;
         factor.y *= to_unit.y;
       }
@@ -640,7 +547,7 @@ struct Group {
       uint64_t v_step = wgmma_descriptor(shared.v[ring.stage][group], step * 2048);
 #pragma unroll
       for (int part = 0; part < (kHigh ? 2 : 1); part++) {
-        uint64_t p_step = wgmma_descriptor(shared.p[buffer][part], step * 32);
+        uint64_t p_step = wgmma_descriptor(shared.p[buffer].tile[part], step * 32);
         wgmma_64x64x16<kBfloat16, true, false>(o, v_step, p_step, 1);
       }
     }
@@ -653,7 +560,7 @@ struct Group {
     if constexpr (!kBfloat16) {
 #pragma unroll
       for (int pair = 0; pair < 8; pair++) {
-        float2 unit = *reinterpret_cast<const float2*>(&shared.p_unit[buffer][pair * 8 + lane % 4 * 2]);
+        float2 unit = *reinterpret_cast<const float2*>(&shared.p[buffer].unit[pair * 8 + lane % 4 * 2]);
         o[pair * 4] *= unit.x;
         o[pair * 4 + 1] *= unit.y;
         o[pair * 4 + 2] *= unit.x;
@@ -661,9 +568,13 @@ struct Group {
       }
     }
     __syncwarp();
+    release(shared.empty[stage]);
     if (lane == 0) {
-      mbarrier_arrive(shared.empty[stage]);
-      mbarrier_arrive(shared.p_empty[buffer]);
+      if constexpr (kCluster == 1) {
+        mbarrier_arrive(shared.p_empty[buffer]);
+      } else {
+        mbarrier_arrive_at((num_outputs + kPBuffers) % kCluster, shared.p_empty[buffer]);
+      }
     }
     int o_buffer = num_outputs % kOutputBuffers;
     mbarrier_wait(shared.o_empty[group][o_buffer], num_outputs / kOutputBuffers % 2 ^ 1);
@@ -737,29 +648,32 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
     if (kSplit && pass.outputs && member > 0) {
       group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
     } else {
-      group.load_initial_state(pass, args.initial_state != nullptr && (!kSplit || member == 0));
+      bool exists = args.initial_state != nullptr && (!kSplit || member == 0);
+      load_initial_state(group.state, args, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
+      group.units = {};
     }
     if (pass.outputs) {
       group.compute_outputs(pass);
-      if (args.final_state != nullptr && (!kSplit || member == args.team_size - 1)) group.store_final_state(pass);
+      if (args.final_state != nullptr && (!kSplit || member == args.team_size - 1)) {
+        store_final_state(group.state, group.units, args, pass.batch_idx, pass.head_idx, group.first_v(pass));
+      }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
       float* states = states_of(schedule, idx / 2);
       if (member < args.team_size - 1) group.store_segment_state(states + member * kStateSize);
-      uint32_t* counters = args.counters + schedule.team * 2;
-      uint32_t count = (idx / 2 + 1) * args.team_size * kGroups;
-      meet_team(&counters[0], count, group.barrier);
-      if (args.team_size <= 32) {
-        scan<4, 4>(schedule, states, group_idx, shared.segment_decay[group_idx]);
-      } else {
-        scan<1, 16>(schedule, states, group_idx, shared.segment_decay[group_idx]);
-      }
-      meet_team(&counters[1], count, group.barrier);
+      // A graph that is launched again finds the flags that it left, with the same values. So they are cleared:
+      // kScanned before anybody looks for it, kAdded when all have seen it.
+      if (idx == 0) clear_flag(schedule, kScanned, group_idx);
+      meet_team(schedule, kAdded, idx, group_idx);
+      scan(schedule, states, group_idx, shared.segment_decay[group_idx]);
+      meet_team(schedule, kScanned, idx, group_idx);
+      if (idx + 2 == schedule.num_passes()) clear_flag(schedule, kAdded, group_idx);
     }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ HopperArgs args) {
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+    forward(const __grid_constant__ HopperArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   // Swizzled tiles start at multiples of 1024 bytes.
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + (-shared_address(shared_bytes) & 1023));
@@ -767,11 +681,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
     for (int stage = 0; stage < kStages; stage++) {
       mbarrier_init(shared.qk_full[stage], 1);
       mbarrier_init(shared.v_full[stage], 1);
-      mbarrier_init(shared.empty[stage], 4 * (kGroups + 1));
+      mbarrier_init(shared.empty[stage], 4 * (kGroups + 1) * kCluster);
     }
-    for (int buffer = 0; buffer < 2; buffer++) {
-      mbarrier_init(shared.p_full[buffer], 4);
-      mbarrier_init(shared.p_empty[buffer], 4 * kGroups);
+    for (int buffer = 0; buffer < kPBuffers; buffer++) {
+      mbarrier_init(shared.p_full[buffer], kCluster == 1 ? 4 : 1);
+      mbarrier_init(shared.p_empty[buffer], 4 * kGroups * kCluster);
     }
     for (int group = 0; group < kGroups; group++) {
       for (int buffer = 0; buffer < kOutputBuffers; buffer++) {
@@ -782,6 +696,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
     fence_mbarrier_init();
   }
   __syncthreads();
+  if constexpr (kCluster > 1) cluster_barrier();
   Schedule schedule(args);
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
@@ -795,5 +710,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_c
   } else {
     increase_registers<kGroupRegisters>();
     attend(shared, args, schedule, warpgroup - 2);
+  }
+  if constexpr (kCluster > 1) {
+    __syncwarp();
+    cluster_barrier();  // others may still write into this block's shared memory
   }
 }

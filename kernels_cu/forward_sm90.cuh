@@ -11,8 +11,9 @@ struct HopperArgs {
   TensorMap q, k, v, o;
   float* final_state;          // [batch, num_heads, qk_dim, v_dim] contiguous, or null
   const float* initial_state;  // [batch, num_heads, qk_dim, v_dim], or null for zeros
-  float* workspace;            // forward_sm90.cu, SPLIT: [num_teams, 2, team_size - 1, kStateSize]
-  uint32_t* counters;          // likewise: [num_teams, 2], zeros
+  float* workspace;            // forward_sm90.cu, SPLIT: [num_teams, 2, team_size - 1, kStateSize], then flags of
+                               // 8 bytes, [num_teams, 2, team_size, V_GROUPS]
+  uint64_t first_flag;         // SPLIT: no other launch sets a flag to this value or the next 2^32
   const void* slopes;          // [num_heads] float or double, or null
   StateStrides initial_strides;
   int64_t slopes_stride;

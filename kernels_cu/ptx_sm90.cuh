@@ -39,6 +39,36 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t& barrier, uint32_t parity
       : "memory");
 }
 
+// PTX 9.7.13.4, 9.7.13.15.13: the blocks of a cluster, and barriers of one by its rank.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+__device__ __forceinline__ uint32_t shared_address_of(uint32_t rank, const void* pointer) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t rank, uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of(rank, &barrier))
+               : "memory");
+}
+
+// PTX 9.7.9.25.5.1: bytes to the same place in another block, whose `barrier` counts them and one arrival.
+__device__ __forceinline__ void copy_to(uint32_t rank, const void* shared, uint32_t num_bytes, uint64_t& barrier) {
+  uint32_t target = shared_address_of(rank, shared), full = shared_address_of(rank, &barrier);
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(full), "r"(num_bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   target),
+               "r"(shared_address(shared)), "r"(num_bytes), "r"(full)
+               : "memory");
+}
+
 // PTX 9.7.13.1: a barrier of some warps; ids from 1, since 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
@@ -65,6 +95,19 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, uin
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(dim), "r"(token), "r"(head), "r"(batch), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+// The same to as many blocks of a cluster, the first of it, at the same place in each; each has its own barrier there.
+template <int kNumBlocks>
+__device__ __forceinline__ void tma_load_to_cluster(void* shared, const TensorMap& map, uint64_t& barrier, int dim,
+                                                    int token, int head, int batch) {
+  if constexpr (kNumBlocks == 1) return tma_load(shared, map, barrier, dim, token, head, batch);
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(dim), "r"(token), "r"(head), "r"(batch), "r"(shared_address(&barrier)),
+      "h"(static_cast<unsigned short>((1 << kNumBlocks) - 1))
       : "memory");
 }
 
@@ -104,7 +147,8 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&ma
 // other for transposed operands wider than 64. To the next 16 columns it is 32 bytes, to the next 16 rows 2048.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int offset_bytes) {
   constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4, kNextTile = 8192 >> 4;
-  uint32_t address = shared_address(tile) >> 4 | kNextTile << 16;
+  // In a cluster the upper bits of an address are the block's rank.
+  uint32_t address = (shared_address(tile) >> 4 & 0x3fff) | kNextTile << 16;
   return uint64_t(kSwizzle128 | kEightRows) << 32 | (address + (offset_bytes >> 4));
 }
 
@@ -202,10 +246,16 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], const uint32_t (&
     }                                                                                                                  \
   }
 #define WGMMA_NAMES_32 WGMMA_NAMES_0
+#define WGMMA_NAMES_48                                                                                                 \
+  WGMMA_NAMES_0 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define WGMMA_OPERANDS_48                                                                                              \
+  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),              \
+  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
 #define WGMMA_NAMES_64 WGMMA_NAMES_0 "," WGMMA_NAMES_1
 #define WGMMA_NAMES_96 WGMMA_NAMES_64 "," WGMMA_NAMES_2
 #define WGMMA_NAMES_128 WGMMA_NAMES_96 "," WGMMA_NAMES_3
 WGMMA_TRANSPOSED(32, "64", "{%32, %33, %34, %35}", "%36", WGMMA_OPERANDS_0)
+WGMMA_TRANSPOSED(48, "96", "{%48, %49, %50, %51}", "%52", WGMMA_OPERANDS_0, WGMMA_OPERANDS_48)
 WGMMA_TRANSPOSED(64, "128", "{%64, %65, %66, %67}", "%68", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1)
 WGMMA_TRANSPOSED(96, "192", "{%96, %97, %98, %99}", "%100", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1, WGMMA_OPERANDS_2)
 WGMMA_TRANSPOSED(128, "256", "{%128, %129, %130, %131}", "%132", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1, WGMMA_OPERANDS_2,
@@ -248,30 +298,32 @@ __device__ __forceinline__ uint32_t largest_of_half_pairs(uint32_t x, uint32_t y
   return largest;
 }
 
-// PTX 9.7.13.4: counters in global memory that blocks tell each other their progress by.
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+// PTX 9.7.13.4: flags in global memory that blocks tell each other their progress by.
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* flag) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
   return value;
 }
-__device__ __forceinline__ void add_release(uint32_t* counter, uint32_t amount) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+__device__ __forceinline__ void store_release(uint64_t* flag, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
 // PTX 9.7.9.8: past the L1 cache, which does not see what other blocks write; one float, or four at once.
-__device__ __forceinline__ void load_l2(float (&x)[1], const void* pointer) {
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x[0]) : "l"(pointer) : "memory");
+__device__ __forceinline__ float load_l2(const float* pointer) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(pointer) : "memory");
+  return x;
 }
-__device__ __forceinline__ void load_l2(float (&x)[4], const void* pointer) {
+__device__ __forceinline__ void load_l2(float (&x)[4], const float* pointer) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                : "l"(pointer)
                : "memory");
 }
-__device__ __forceinline__ void store_l2(void* pointer, const float (&x)[1]) {
-  asm volatile("st.global.cg.f32 [%0], %1;" ::"l"(pointer), "f"(x[0]) : "memory");
+__device__ __forceinline__ void store_l2(float* pointer, float x) {
+  asm volatile("st.global.cg.f32 [%0], %1;" ::"l"(pointer), "f"(x) : "memory");
 }
-__device__ __forceinline__ void store_l2(void* pointer, const float (&x)[4]) {
+__device__ __forceinline__ void store_l2(float* pointer, const float (&x)[4]) {
   asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                : "memory");
 }

@@ -118,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--slopes", default="lightning2", metavar="S", help="a number for all heads, or a preset (default: lightning2)"
     )
+    sub.add_argument(
+        "--heads-first", action="store_true", help="arrays are transposed views of [batch, heads, tokens, head_dim]"
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there, which takes matplotlib")
     sub.add_argument("--quick", action="store_true", help="a few shapes, and only what is timed at once")
@@ -318,6 +321,12 @@ def _attend(
     return state
 
 
+def _without_folder(word: str) -> str:
+    """Return a word of a command with no folder of this machine in it: of a path only the name is left."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{option}{equals}{Path(value).name}"
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     targets = []
     if arguments.json:
@@ -335,8 +344,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         dtypes=arguments.dtype,
         against=arguments.against,
         slopes=slopes,
+        heads_first=arguments.heads_first,
         quick=arguments.quick,
-        command=f"python -m lightning_cupy {shlex.join(arguments.words)}",
+        command=f"python -m lightning_cupy {shlex.join(map(_without_folder, arguments.words))}",
     )
     print(result)
     with _complete_or_absent(targets) as paths:

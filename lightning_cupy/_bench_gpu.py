@@ -27,9 +27,11 @@ _MIN_FLUSH_BYTES = 128 * 2**20
 _COPY_BYTES = 512 * 2**20
 _NUM_HOST_CALLS = 1000
 _CYCLES_PER_S = 2e9  # of a fast GPU: on a slower one a delay is longer, which does no harm
-_NUM_THREADS, _AHEAD = 256, 4  # of kernels_cu/bench.cu
-_CONSTANTS: _compile.Constants = (("NUM_THREADS", _NUM_THREADS), ("AHEAD", _AHEAD))
+_NUM_THREADS, _VECTOR_BYTES = 128, 16  # of kernels_cu/bench.cu
+_CONSTANTS: _compile.Constants = (("NUM_THREADS", _NUM_THREADS),)
+_NUM_AT_A_TIME = 2**26  # elements of an array: bounds the memory of what is computed for them
 _MAX_SCORE_BYTES = 4e9  # of the O(n^2) form
+_MAX_SCORE_FLOP = 1e15  # of softmax attention: about two seconds of an H200
 
 
 class Shape(NamedTuple):
@@ -72,7 +74,7 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds on the device of repeated calls, each with an empty L2 cache."""
+    """Milliseconds on the device of repeated calls, each with none of its arrays in the L2 cache."""
 
     median: float
     min: float
@@ -83,20 +85,21 @@ class Timing:
 class Inputs:
     """Random q, k, v on the GPU, and an o: in CuPy's memory, but torch tensors where torch is here."""
 
-    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array) -> None:
+    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array, heads_first: bool) -> None:
         import cupy
 
         self.gpu, self.shape, self.dtype, self.torch = gpu, shape, dtype, gpu.torch
         self.scale = shape.head_dim**-0.5
         rng = cupy.random.default_rng(0)
         dims = {"q": shape.head_dim, "k": shape.head_dim, "v": shape.v_dim, "o": shape.v_dim}
+        sizes = (shape.num_heads, shape.seqlen) if heads_first else (shape.seqlen, shape.num_heads)
         integers = f"i{_arrays.ITEMSIZES[dtype]}"  # which every library knows
-        self.bits = {
-            name: cupy.empty((shape.batch, shape.seqlen, shape.num_heads, dim), integers) for name, dim in dims.items()
-        }
+        # Contiguous, as they lie in memory.
+        self.bits = {name: cupy.empty((shape.batch, *sizes, dim), integers) for name, dim in dims.items()}
         for name in "qkv":
-            _fill_with_normal(self.bits[name].reshape(-1), dtype, rng)
-        self.q, self.k, self.v, self.o = (self._as_floats(bits, dtype) for bits in self.bits.values())
+            _fill_with_normal(self.bits[name], dtype, rng)
+        floats = (self._as_floats(bits, dtype) for bits in self.bits.values())
+        self.q, self.k, self.v, self.o = (array.swapaxes(1, 2) if heads_first else array for array in floats)
         self.slopes = self._as_floats(cupy.asarray(slopes.view("i8")), "float64")
         # (batch, head): the fastest decay and the slowest, for most presets.
         self.sampled = sorted({(0, 0), (shape.batch - 1, shape.num_heads - 1)})
@@ -112,11 +115,9 @@ class Inputs:
 
     def stream(self) -> None:
         """Only read q, k, v and write o, whose contents are lost."""
-        num_qk, num_o = (self.bits[name].nbytes // 16 for name in "qo")
-        num_tiles = -(-max(num_qk, num_o) // (_NUM_THREADS * _AHEAD))
-        num_blocks = max(1, min(num_tiles, 32 * self.gpu.num_sms))
+        num_qk, num_o = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qo")
         arrays = (self.bits[name] for name in "oqkv")
-        self.gpu.launch("stream", num_blocks, _NUM_THREADS, *arrays, np.int64(num_qk), np.int64(num_o))
+        self.gpu.launch("stream", _num_blocks(max(num_qk, num_o)), *arrays, np.int64(num_qk), np.int64(num_o))
 
     def poison(self) -> None:
         """Make every element of o a NaN all of whose bits are 1."""
@@ -124,25 +125,34 @@ class Inputs:
 
     def is_unwritten(self) -> bool:
         """Whether an element of o is still what `poison` wrote: the NaN that arithmetic makes has other bits."""
-        return bool((self.bits["o"] == -1).any())
+        return any(bool((part == -1).any()) for part in _parts(self.bits["o"]))
 
     def sample(self, array: Any) -> Array:
         """Return the sampled heads as ``[seqlen, samples, head_dim]`` in float64 on the host."""
         rows = [array[batch_idx, :, head_idx] for batch_idx, head_idx in self.sampled]
         if self.torch is not None:
-            return np.stack([row.double().cpu().numpy() for row in rows], 1)
+            return np.stack([row.cpu().double().numpy() for row in rows], 1)
         import cupy
 
         on_host = [cupy.asnumpy(row.view(f"i{row.itemsize}")).view(row.dtype) for row in rows]
         return np.stack(on_host, 1).astype(np.float64)
 
 
+def _num_blocks(num_vectors: int) -> int:
+    """Return how many blocks have a thread for each vector; one at least, since a launch of none is refused."""
+    return max(1, -(-num_vectors // _NUM_THREADS))
+
+
+def _parts(array: Any) -> Iterator[Any]:
+    """Cut a contiguous array into flat views of some elements each."""
+    flat = array.reshape(-1)
+    return (flat[start : start + _NUM_AT_A_TIME] for start in range(0, flat.size, _NUM_AT_A_TIME))
+
+
 def _fill_with_normal(bits: Any, dtype: str, rng: Any) -> None:
-    """Fill a flat array of integers with the bits of floats, some at a time."""
+    """Fill a contiguous array of integers with the bits of floats."""
     drawn_as = np.dtype("float64" if dtype == "float64" else "float32")
-    num_at_a_time = 2**26
-    for start in range(0, bits.size, num_at_a_time):
-        part = bits[start : start + num_at_a_time]
+    for part in _parts(bits):
         values = rng.standard_normal(part.size, drawn_as)
         if dtype == "bfloat16":  # the upper half of a float32, rounded towards 0: CuPy need not know the dtype
             part[...] = (values.view("i4") >> 16).astype("i2")
@@ -157,8 +167,7 @@ class Gpu:
         import cupy
 
         self.torch, self.device = torch, cupy.cuda.Device()
-        self.num_sms = self.device.attributes["MultiProcessorCount"]
-        self._flush = cupy.empty(max(_MIN_FLUSH_BYTES, 2 * self.device.attributes["L2CacheSize"]), "u1")
+        self._zeros = cupy.zeros(max(_MIN_FLUSH_BYTES, 2 * self.device.attributes["L2CacheSize"]), "u1")
 
     def environment(self) -> dict[str, str]:
         """Names and versions of what the numbers depend on."""
@@ -179,20 +188,25 @@ class Gpu:
                 found[name] = importlib.metadata.version(name)
         return found
 
-    def inputs(self, shape: Shape, dtype: str, slopes: Array) -> Inputs:
-        """Make arrays to measure with."""
+    def inputs(self, shape: Shape, dtype: str, slopes: Array, heads_first: bool = False) -> Inputs:
+        """Make arrays to measure with; those with heads first are views of [batch, num_heads, seqlen, head_dim]."""
         import cupy
 
         # Two pools: what one keeps of earlier arrays, the other may need.
         cupy.get_default_memory_pool().free_all_blocks()
         if self.torch is not None:
             self.torch.cuda.empty_cache()
-        return Inputs(self, shape, dtype, slopes)
+        return Inputs(self, shape, dtype, slopes, heads_first)
 
-    def launch(self, name: str, num_blocks: int, num_threads: int, *args: Any) -> None:
+    def launch(self, name: str, num_blocks: int, *args: Any, num_threads: int = _NUM_THREADS) -> None:
         """Launch a kernel of kernels_cu/bench.cu on CuPy's current stream."""
         kernel = _compile.kernel("bench.cu", name, _CONSTANTS, 0, self.device.id)
         kernel((num_blocks, 1, 1), (num_threads, 1, 1), args)
+
+    def flush(self) -> None:
+        """Leave nothing in the L2 cache but what need not be written back."""
+        num_vectors = self._zeros.nbytes // _VECTOR_BYTES
+        self.launch("flush", _num_blocks(num_vectors), self._zeros, np.int64(num_vectors))
 
     def time(self, call: Call, seconds: float) -> Timing:
         """Time a call on the device alone, repeating it for about some seconds.
@@ -217,8 +231,8 @@ class Gpu:
         delay = 2 * (queued - start) + 2e-5
         repeats: list[tuple[Any, Any]] = []
         for _ in range(2 * num_repeats + 20):
-            self._flush.data.memset_async(0, self._flush.nbytes)
-            self.launch("wait", 1, 1, np.int64(delay * _CYCLES_PER_S))
+            self.flush()
+            self.launch("wait", 1, np.int64(delay * _CYCLES_PER_S), num_threads=1)
             before, after = cupy.cuda.Event(), cupy.cuda.Event()
             before.record()
             call()
@@ -350,6 +364,9 @@ def _lightning_attn(x: Inputs) -> dict[str, Call]:
 
 def _sdpa(x: Inputs) -> dict[str, Call]:
     """Softmax attention by cuDNN: another function, the one that many come from."""
+    flop = x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * (x.shape.head_dim + x.shape.v_dim)
+    if flop > _MAX_SCORE_FLOP:
+        raise ValueError(f"its scores would take {flop / 1e15:.0f} PFLOP")
     attention = importlib.import_module("torch.nn.attention")
     attend, (q, k, v) = x.torch.nn.functional.scaled_dot_product_attention, _heads_first(x)
 
@@ -380,6 +397,8 @@ def _portable(x: Inputs) -> dict[str, Call]:
     problem = forward.contiguous_problem(
         x.gpu.device.id, dtype, *sizes, scale=x.scale, slopes=(views["slopes"].dtype, views["slopes"].strides[0])
     )
+    o, q, k, v = (forward.Layout(views[name].strides, aligned=True) for name in "oqkv")
+    problem = dataclasses.replace(problem, o=o, q=q, k=k, v=v)
     steps = forward.portable_steps(problem)
     if forward.steps_for(problem) == steps:
         raise ValueError("lightning_cupy runs the same kernels")

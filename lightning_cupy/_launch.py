@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import math
+import itertools
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +14,18 @@ from . import _arrays, _compile
 
 _WORD_BYTES = 8
 
+# In place of a pointer: a number that, with the 2^32 behind it, no other launch gets. Memory that was never written
+# may hold anything, but hardly one of a range that starts at random.
+UNIQUE = "unique"
+_unique = itertools.count(secrets.randbits(32) << 32, 1 << 32)  # what is above 64 bits is cut off
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """The struct that is the one parameter of a kernel."""
 
     template: bytes  # the struct; what stands where pointers go does not matter
-    pointers: tuple[tuple[int, str], ...]  # byte offset, a multiple of 8, and the name of an array or buffer
+    pointers: tuple[tuple[int, str], ...]  # byte offset, a multiple of 8, and the name of an array or buffer, or UNIQUE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,6 @@ class Buffer:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    zeroed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Program:
     """
 
     def __init__(self, steps: Steps, arrays: Sequence[str], results: Sequence[Buffer], like: _arrays.View) -> None:
-        from cupy.cuda import driver, runtime
+        from cupy.cuda import driver
 
         assert like.device is not None
         self._device_id, self._library = like.device, _arrays.library_of(like)
@@ -88,17 +93,12 @@ class Program:
         with self.device():
             self._kernels = _compile.kernels(wanted, like.device)  # their handles are good as long as they live
             self.context: int = driver.ctxGetCurrent()
-        names = [*arrays, *(buffer.name for buffer in steps.buffers)]
+        names = [*arrays, *(buffer.name for buffer in steps.buffers), UNIQUE]
         self._buffers = [
-            (
-                names.index(buffer.name),
-                self._library.allocator(like.owner, buffer.shape, buffer.dtype),
-                math.prod(buffer.shape) * _arrays.ITEMSIZES[buffer.dtype] if buffer.zeroed else 0,
-            )
+            (names.index(buffer.name), self._library.allocator(like.owner, buffer.shape, buffer.dtype))
             for buffer in (*results, *steps.buffers)
         ]
         self._num_results, self._workspace = len(results), [0] * len(steps.buffers)
-        self._memset = runtime.memsetAsync
         arguments = list(dict.fromkeys(step.arguments for step in steps.launches))
         self._layouts = [(struct, names) for struct in arguments]
         self._pool: list[list[_Struct]] = []
@@ -141,13 +141,12 @@ class Program:
         library = self._library
         stream = library.stream(self._device_id)
         pointers += self._workspace
+        pointers.append(next(_unique))
         buffers = []
-        for idx, allocate, num_zeros in self._buffers:
+        for idx, allocate in self._buffers:
             buffer = allocate(like)
             buffers.append(buffer)
             pointers[idx] = library.pointer(buffer)
-            if num_zeros:
-                self._memset(pointers[idx], 0, num_zeros, stream)
         # Nobody else has the structs while they are out of the pool: other threads run while the driver reads them.
         try:
             structs = self._pool.pop()

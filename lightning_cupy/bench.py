@@ -28,14 +28,14 @@ Array = np.ndarray[Any, Any]
 
 PEERS = tuple(_bench_gpu.PEER_CALLS)
 DEFAULT_SHAPES = (
-    *(Shape.of(4, 32, seqlen, 128) for seqlen in (512, 2048, 8192)),
+    *(Shape.of(4, 32, seqlen, 128) for seqlen in (512, 2048, 8192, 32_768)),
     *(Shape.of(8, 16, seqlen, 64) for seqlen in (2048, 8192)),
-    Shape.of(1, 64, 4096, 128),
-    Shape.of(1, 8, 32_768, 128),
+    *(Shape.of(1, 64, seqlen, 128) for seqlen in (1024, 4096, 65_536)),
+    Shape.of(1, 8, 1024, 64),
+    *(Shape.of(1, 8, seqlen, 128) for seqlen in (32_768, 131_072)),
     Shape.of(1, 1, 131_072, 128),
     *(Shape.of(2, 12, 2048, head_dim) for head_dim in (96, 192, 256)),
     Shape.of(33, 4, 4096, 128),  # as many heads as an H200 has SMs
-    Shape.of(1, 64, 65_536, 128),
 )
 QUICK_SHAPES = (Shape.of(4, 32, 2048, 128), Shape.of(1, 64, 4096, 128), Shape.of(1, 8, 32_768, 128))
 _QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for a minute
@@ -102,6 +102,7 @@ class Result:
     """Rows and where they were measured; shown as a Markdown table."""
 
     op: str
+    heads_first: bool  # q, k, v and o are views of [batch, num_heads, seqlen, head_dim]
     command: str
     date: str
     environment: dict[str, str]
@@ -116,11 +117,16 @@ class Result:
         """Whether every output is right."""
         return all(row.passed for row in self.rows)
 
+    @property
+    def subject(self) -> str:
+        """The op, and of which arrays, where they are not contiguous."""
+        return f"{self.op} of heads-first arrays" if self.heads_first else self.op
+
     def __str__(self) -> str:
         where = ", ".join(words if name == "GPU" else f"{name} {words}" for name, words in self.environment.items())
         host = ", ".join(f"{us:.1f} us ({name})" for name, us in self.host_us.items())
         lines = [
-            f"{self.op} on {where}, {self.date}: `{self.command}`",
+            f"{self.subject} on {where}, {self.date}: `{self.command}`",
             "",
             f"Copy: {self.copy_gb_per_s:,.0f} GB/s. Host time of a call: {host}. ms: on the device, median. "
             "share: time to only read q, k, v and write o, over ours. Peers: their time over ours. "
@@ -177,7 +183,7 @@ class Result:
         axes.invert_yaxis()
         axes.grid(axis="x", which="both", alpha=0.25)
         axes.set_xlabel("GB/s of q, k, v and o")
-        axes.set_title(f"{self.op} on {self.environment['GPU']}: batch, heads, tokens, head_dim", fontsize=10)
+        axes.set_title(f"{self.subject} on {self.environment['GPU']}: batch, heads, tokens, head_dim", fontsize=10)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return axes
 
@@ -196,6 +202,7 @@ def forward(
     dtypes: Sequence[str] = ("bfloat16",),
     against: Sequence[str] | None = None,
     slopes: str | float = "lightning2",
+    heads_first: bool = False,
     quick: bool = False,
     command: str = "lightning_cupy.bench.forward()",
 ) -> Result:
@@ -213,6 +220,10 @@ def forward(
         are named in the result. "portable" is our own kernels for any GPU, where others are chosen.
     slopes
         A preset of `lightning_cupy.slopes`, or one number for all heads.
+    heads_first
+        Whether q, k, v and o are views, with axes 1 and 2 swapped, of contiguous ``[batch, heads, tokens, head_dim]``,
+        as torch's ``x.transpose(1, 2)``. The floor stays that of contiguous arrays. Peers get the same views, and
+        copies that they make of them are in their time.
     quick
         Fewer shapes, peers and repeats.
     command
@@ -240,11 +251,11 @@ def forward(
     peers = [name for name in names if name not in missing]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "minutes")
     with _bench_gpu.current_gpu() as gpu, progress(len(dtypes) * len(cases), "rows") as bar:
-        result = Result("forward", command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
+        result = Result("forward", heads_first, command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
         result.host_us["empty kernel"] = gpu.host_us_of_launch()
         for dtype in dtypes:
             for shape in cases:
-                result.rows.append(_measure(gpu, shape, dtype, slopes, peers, quick, bar))
+                result.rows.append(_measure(gpu, shape, dtype, slopes, heads_first, peers, quick, bar))
                 bar.update(1)
             tiny = gpu.inputs(Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim), dtype, np.zeros(1))
             result.host_us[dtype] = gpu.host_us(tiny.attend)
@@ -260,14 +271,21 @@ def _slopes_of(slopes: str | float, num_heads: int) -> Array:
 
 
 def _measure(
-    gpu: Any, shape: Shape, dtype: str, slopes: str | float, peers: Sequence[str], quick: bool, bar: Any
+    gpu: Any,
+    shape: Shape,
+    dtype: str,
+    slopes: str | float,
+    heads_first: bool,
+    peers: Sequence[str],
+    quick: bool,
+    bar: Any,
 ) -> Row:
     """Check the op; where it is right, time it, the floor and the peers."""
     row, seconds = Row(shape, dtype), _QUICK_SECONDS if quick else _SECONDS
     bar.set_postfix_str(f"{shape} {dtype}: check")
     try:
         decay = _slopes_of(slopes, shape.num_heads)
-        x = gpu.inputs(shape, dtype, decay)
+        x = gpu.inputs(shape, dtype, decay, heads_first)
         q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
         expected = _expected(q, k, v, decay[[head_idx for _, head_idx in x.sampled]])
         x.poison()

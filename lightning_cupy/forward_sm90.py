@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _compile, _tensor_map
-from ._launch import Arguments, Buffer, Launch, Steps
+from ._launch import UNIQUE, Arguments, Buffer, Launch, Steps
 
 if TYPE_CHECKING:
     from .forward import Dtype, Problem
@@ -19,7 +19,8 @@ _COMPUTE_CAPABILITY = 90
 _MAX_SMEM_BYTES = 227 * 1024
 _CHUNK = 64  # tokens
 _TILE_BYTES = 64 * 64 * 2
-_QK_DIMS = (64, 128, 192, 256)
+_QK_DIMS = (64, 96, 128, 192, 256)
+_FLOAT_QK_DIMS = (64, 128, 192, 256)
 _MAX_ROWS = 2**31 - 1
 
 
@@ -30,6 +31,7 @@ class HopperPlan:
     dtype: Dtype
     qk_dim: int  # padded
     v_groups: int  # warpgroups of a block that have 64 columns of v each
+    cluster: int  # blocks of a head, that share what they load
     split: bool  # whether teams of blocks share a row's sequence
     high: bool  # operands as sums of two numbers
     stages: int  # chunks in shared memory
@@ -49,6 +51,7 @@ class HopperPlan:
         return (
             ("QK_DIM", self.qk_dim),
             ("V_GROUPS", self.v_groups),
+            ("CLUSTER", self.cluster),
             ("STAGES", self.stages),
             ("OUTPUT_BUFFERS", self.output_buffers),
             ("BFLOAT16", int(self.dtype == "bfloat16")),
@@ -61,21 +64,23 @@ class HopperPlan:
 
 def _smem_bytes(qk_dim: int, v_groups: int, high: bool, stages: int, output_buffers: int) -> int:
     """Bytes of `Shared`, in its order, and what aligning it to 1024 bytes may take."""
-    tiles = stages * (2 * qk_dim // 64 + v_groups) + 2 * (1 + high) + v_groups * output_buffers
-    tables = 2 * 2 * 64 * 4 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
+    tiles = stages * (2 * -(-qk_dim // 64) + v_groups) + v_groups * output_buffers + 2 * (1 + high)
+    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
     barriers = 8 * (3 * stages + 4 + 2 * v_groups * output_buffers)
     shared = -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
     return shared + 1024
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_for(dtype: Dtype, head_dim: int, v_groups: int, *, split: bool = False, high: bool = False) -> HopperPlan:
+def plan_for(
+    dtype: Dtype, head_dim: int, v_groups: int, *, cluster: int = 1, split: bool = False, high: bool = False
+) -> HopperPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to six, with two output buffers."""
     qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
     for stages, output_buffers in ((6, 2), (5, 2), (4, 2), (3, 2), (2, 2), (2, 1)):
         smem_bytes = _smem_bytes(qk_dim, v_groups, high, stages, output_buffers)
         if smem_bytes <= _MAX_SMEM_BYTES:
-            return HopperPlan(dtype, qk_dim, v_groups, split, high, stages, output_buffers, smem_bytes)
+            return HopperPlan(dtype, qk_dim, v_groups, cluster, split, high, stages, output_buffers, smem_bytes)
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
@@ -123,7 +128,7 @@ def _float_smem_bytes(qk_dim: int, v_groups: int, stages: int, p_buffers: int) -
 @functools.lru_cache(maxsize=1024)
 def float_plan_for(head_dim: int, v_groups: int) -> HopperFloatPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to three, then two buffers for scores."""
-    qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
+    qk_dim = next(padded for padded in _FLOAT_QK_DIMS if head_dim <= padded)
     for stages, p_buffers in itertools.product((3, 2, 1), (2, 1)):
         smem_bytes = _float_smem_bytes(qk_dim, v_groups, stages, p_buffers)
         if smem_bytes <= _MAX_SMEM_BYTES:
@@ -134,10 +139,13 @@ def float_plan_for(head_dim: int, v_groups: int) -> HopperFloatPlan:
 # Microseconds of an H200, fitted to measured calls: only their ratios count.
 # What a chunk takes a block that has all of the memory's rate, for its outputs and for its state alone, by qk_dim
 # and v_groups; how many bytes come from memory meanwhile; and what a team's meetings take.
-_OUTPUTS_US = {(64, 1): 0.75, (64, 2): 1.2, (128, 1): 1.05, (128, 2): 1.75, (192, 1): 1.4, (256, 1): 1.8}
-_STATES_US = {(64, 1): 0.5, (64, 2): 0.7, (128, 1): 0.6, (128, 2): 0.95, (192, 1): 1.0, (256, 1): 1.3}
+_OUTPUTS_US = {(64, 1): 0.75, (64, 2): 1.2, (96, 1): 0.9, (96, 2): 1.55, (128, 1): 1.0, (128, 2): 1.75}
+_OUTPUTS_US |= {(192, 1): 1.35, (256, 1): 1.75}
+_STATES_US = {(64, 1): 0.5, (64, 2): 0.7, (96, 1): 0.55, (96, 2): 0.85, (128, 1): 0.6, (128, 2): 0.95}
+_STATES_US |= {(192, 1): 1.0, (256, 1): 1.3}
 _BYTES_A_US = 4.3e6
-_MEETINGS_US = 10.0
+_MEETINGS_US = 10.5
+_SMS_OF_A_GPC = 16  # which a cluster does not leave
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,11 +206,17 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     return best
 
 
+def cluster_for(num_heads: int, num_v_blocks: int, num_sms: int) -> int:
+    """Return how many blocks are a cluster: those of a head, where the GPU holds all of them at once, or 1."""
+    num_clusters = num_sms // _SMS_OF_A_GPC * (_SMS_OF_A_GPC // num_v_blocks)
+    return num_v_blocks if num_heads <= num_clusters else 1
+
+
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
 _ARGS = np.dtype(
     [
         *((name, f"V{_tensor_map.NUM_BYTES}") for name in ("q", "k", "v", "o")),
-        *((name, np.uint64) for name in ("final_state", "initial_state", "workspace", "counters", "slopes")),
+        *((name, np.uint64) for name in ("final_state", "initial_state", "workspace", "first_flag", "slopes")),
         ("initial_strides", np.int64, 4),
         ("slopes_stride", np.int64),
         *((name, np.float64) for name in ("scale", "slope")),
@@ -252,7 +266,12 @@ def steps(problem: Problem) -> Steps:
         plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups)
     else:
         v_groups, team_size = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
-        plan = plan_for(problem.dtype, problem.qk_dim, v_groups, split=team_size > 1, high=problem.high)
+        cluster = 1
+        if v_groups == team_size == 1:
+            cluster = cluster_for(num_heads, -(-problem.v_dim // 64), problem.num_sms)
+        plan = plan_for(
+            problem.dtype, problem.qk_dim, v_groups, cluster=cluster, split=team_size > 1, high=problem.high
+        )
     is_split = team_size > 1
     num_v_blocks = -(-problem.v_dim // (64 * v_groups))
     num_rows = num_heads * num_v_blocks
@@ -271,10 +290,10 @@ def steps(problem: Problem) -> Steps:
     if problem.initial_strides is not None:
         pointers["initial_state"], args["initial_strides"] = "initial_state", problem.initial_strides
     if is_split:
-        # Two of each, which rows of a team take in turn.
-        buffers.append(Buffer("workspace", (num_teams, 2, team_size - 1, plan.qk_dim, 64 * v_groups), "float32"))
-        buffers.append(Buffer("counters", (num_teams, 2), "float32", zeroed=True))
-        pointers |= {"workspace": "workspace", "counters": "counters"}
+        # Two of each state, which rows of a team take in turn, and two flags for each group, of 8 bytes.
+        num_floats = num_teams * 2 * ((team_size - 1) * plan.qk_dim * 64 * v_groups + team_size * v_groups * 2)
+        buffers.append(Buffer("workspace", (num_floats,), "float32"))
+        pointers |= {"workspace": "workspace", "first_flag": UNIQUE}
     if problem.slopes is not None:
         slopes_dtype, args["slopes_stride"] = problem.slopes
         pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"

@@ -1,13 +1,19 @@
-"""The bench: what it checks, prints, draws, writes and refuses; on a GPU, from end to end."""
+"""The bench: what it checks, prints, draws, writes and refuses; on a GPU, from end to end.
+
+More than 500 lines, as what needs a GPU is also run over host memory, with what stands for CuPy here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +22,30 @@ from conftest import BOUNDS
 from test_compile import ARCHS, spilled_bytes
 
 from lightning_cupy import __main__ as cli
-from lightning_cupy import _bench_gpu, _compile, _environment, _progress, bench, lightning_attention, reference, slopes
+from lightning_cupy import (
+    _arrays,
+    _bench_gpu,
+    _compile,
+    _environment,
+    _progress,
+    bench,
+    forward,
+    lightning_attention,
+    reference,
+    slopes,
+)
 
 
 class FakeInputs:
     """Arrays on the host, in place of `_bench_gpu.Inputs`."""
 
-    def __init__(self, shape: bench.Shape, dtype: str, decay: np.ndarray) -> None:
+    def __init__(self, shape: bench.Shape, dtype: str, decay: np.ndarray, heads_first: bool = False) -> None:
         rng = np.random.default_rng(0)
-        of_token = (shape.batch, shape.seqlen, shape.num_heads)
-        self.q, self.k, self.v, self.o = (
-            rng.standard_normal((*of_token, dim)).astype(dtype) for dim in (*shape[3:4] * 2, *shape[4:] * 2)
+        of_head = (shape.num_heads, shape.seqlen) if heads_first else (shape.seqlen, shape.num_heads)
+        arrays = (
+            rng.standard_normal((shape.batch, *of_head, dim)).astype(dtype) for dim in (*shape[3:4] * 2, *shape[4:] * 2)
         )
+        self.q, self.k, self.v, self.o = (array.swapaxes(1, 2) if heads_first else array for array in arrays)
         self.slopes, self.sampled = decay, [(0, 0), (shape.batch - 1, shape.num_heads - 1)]
 
     def attend(self) -> None:
@@ -99,6 +117,46 @@ def peers(fake_gpu, monkeypatch):
     monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: None)
 
 
+class HostArray(np.ndarray):
+    """In place of CuPy's."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(memset_async=functools.partial(ctypes.memset, self.ctypes.data))
+
+    def __eq__(self, other):
+        assert self.size <= _bench_gpu._NUM_AT_A_TIME, "a large temporary array"
+        return super().__eq__(other)
+
+
+@pytest.fixture(params=["cupy", "torch"])
+def machine(request, monkeypatch):
+    """In place of `_bench_gpu.Gpu`, over host memory in which all bits are 1; notes launches."""
+    rng = np.random.default_rng(0)
+
+    def standard_normal(size, dtype):
+        assert size <= _bench_gpu._NUM_AT_A_TIME, "a large temporary array"
+        return rng.standard_normal(size, dtype)
+
+    cupy = types.SimpleNamespace(
+        empty=lambda shape, dtype: np.full(shape, -1, dtype).view(HostArray),
+        asarray=np.asarray,
+        asnumpy=np.asarray,
+        random=types.SimpleNamespace(default_rng=lambda _: types.SimpleNamespace(standard_normal=standard_normal)),
+    )
+    torch = pytest.importorskip("torch") if request.param == "torch" else None
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(_bench_gpu, "lightning_attention", functools.partial(lightning_attention, backend="cpu"))
+    monkeypatch.setattr(_bench_gpu, "_NUM_AT_A_TIME", 1000)
+    launches = []
+    return types.SimpleNamespace(
+        torch=torch,
+        device=types.SimpleNamespace(id=0),
+        launches=launches,
+        launch=lambda *arguments: launches.append(arguments),
+    )
+
+
 SHAPES = ["--shapes", "2,3,100,16", "1,2,65,32,8"]
 
 
@@ -156,6 +214,23 @@ def test_bench_beside_peers(peers, capsys):
     assert row["problems"] == dict.fromkeys(["tk", "naive"], "NotImplementedError: no such head_dim")
     assert row["peer_errors"]["fla chunk"] == pytest.approx(0.1, rel=1e-3)
     assert row["peer_errors"]["fla"] == row["peer_errors"]["fla fused_chunk"] < 2e-6
+
+
+@pytest.mark.parametrize("options", [["--heads-first"], []])
+def test_heads_first(fake_gpu, monkeypatch, capsys, options):
+    attend, are_first = FakeInputs.attend, set()
+
+    def attend_and_look(x):
+        if x.q.shape[2] > 1:
+            are_first.update(array.swapaxes(1, 2).flags.c_contiguous for array in (x.q, x.k, x.v, x.o))
+        attend(x)
+
+    monkeypatch.setattr(FakeInputs, "attend", attend_and_look)
+    assert cli.main(["bench", *SHAPES, "--dtype", "float32", *options, "--json", "b.json"]) == 0
+    subject = "forward of heads-first arrays on Fake GPU" if options else "forward on Fake GPU"
+    assert capsys.readouterr().out.startswith(subject)
+    assert are_first == {bool(options)}
+    assert json.loads(Path("b.json").read_text())["heads_first"] == bool(options)
 
 
 @pytest.mark.parametrize("wrong", ["value", "NaN", "unwritten"])
@@ -247,6 +322,121 @@ def test_shape_counts():
     assert str(bench.Shape.of(2, 3, 100, 128)) == "2, 3, 100, 128"
 
 
+def test_default_shapes_are_those_with_stated_speeds():
+    seqlens = {  # by batch, heads, head_dim
+        (4, 32, 128): (512, 2048, 8192, 32768),
+        (8, 16, 64): (2048, 8192),
+        (1, 64, 128): (1024, 4096, 65536),
+        (1, 8, 64): (1024,),
+        (1, 8, 128): (32768, 131072),
+        (1, 1, 128): (131072,),
+        **{(2, 12, head_dim): (2048,) for head_dim in (96, 192, 256)},
+        (33, 4, 128): (4096,),
+    }
+    stated = [(*sizes, seqlen, dim, dim) for (*sizes, dim), numbers in seqlens.items() for seqlen in numbers]
+    assert sorted(bench.DEFAULT_SHAPES) == sorted(stated)
+    assert set(bench.QUICK_SHAPES) < set(bench.DEFAULT_SHAPES)
+
+
+# What it computes with
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_inputs(machine, dtype, heads_first):
+    x = _bench_gpu.Inputs(machine, bench.Shape.of(2, 3, 70, 16, 8), dtype, slopes(3), heads_first)
+    for name, dim in {"q": 16, "k": 16, "v": 8, "o": 8}.items():
+        view, memory = _arrays.view(name, getattr(x, name)), np.asarray(x.bits[name])
+        assert (view.kind, view.dtype) == ("torch" if machine.torch else "numpy", dtype)
+        assert view.shape == (2, 70, 3, dim)
+        assert view.strides == (210 * dim, *((dim, 70 * dim) if heads_first else (3 * dim, dim)), 1)
+        assert view.pointer == memory.ctypes.data
+        if name != "o":
+            values = memory.view(_arrays.dtype_of(dtype)).astype(np.float64)
+            assert np.std(values) == pytest.approx(1, abs=0.1)
+            assert np.abs(values).max() < 6
+            last_head = np.asarray(memory.reshape(2, 3, 70, dim)[1, 2] if heads_first else memory[1, :, 2])
+            sampled = x.sample(getattr(x, name))[:, 1]
+            np.testing.assert_array_equal(sampled, last_head.view(_arrays.dtype_of(dtype)))
+    x.poison()
+    assert x.is_unwritten()
+    x.attend()
+    assert not x.is_unwritten()
+    q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
+    expected, _ = reference.chunked(q, k, v, slopes=slopes(3)[[0, 2]], dtype=np.float64)
+    assert bench._error(x.sample(x.o), [(slice(None), expected)]) <= BOUNDS[dtype]
+    x.bits["o"].reshape(-1)[-1] = -1
+    assert x.is_unwritten()
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 70, 16), (2, 3, 70, 16, 8), (2, 3, 70, 8, 16), (1, 1, 256, 8), (1, 1, 1, 1)])
+def test_stream_has_a_thread_for_each_vector(machine, shape, heads_first):
+    x = _bench_gpu.Inputs(machine, bench.Shape.of(*shape), "float16", slopes(shape[1]), heads_first)
+    x.stream()
+    ((name, num_blocks, o, q, k, v, num_qk, num_v),) = machine.launches
+    assert name == "stream"
+    for array, wanted, num_vectors in zip((o, q, k, v), "oqkv", (num_v, num_qk, num_qk, num_v), strict=True):
+        assert array is x.bits[wanted]
+        assert array.flags.c_contiguous
+        assert type(num_vectors) is np.int64
+        assert num_vectors == array.nbytes // 16
+    assert num_blocks == max(1, np.ceil(max(num_qk, num_v) / 128))
+
+
+def test_repeats_each_follow_a_flush_that_reads(monkeypatch):
+    l2_bytes, queued = 80 * 2**20, []
+
+    class Event:
+        done = False
+
+        def record(self):
+            queued.append("event")
+
+    device = types.SimpleNamespace(id=0, attributes={"L2CacheSize": l2_bytes}, synchronize=lambda: None)
+    cuda = types.SimpleNamespace(Device=lambda: device, Event=Event, get_elapsed_time=lambda *_: 2.0)
+    # What would set NumPy's memory as if it were CuPy's, raises.
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(zeros=np.zeros, cuda=cuda))
+    monkeypatch.setattr(_compile, "kernel", lambda file, name, *_: lambda *launch: queued.append((name, *launch)))
+    timing = _bench_gpu.Gpu(None).time(lambda: queued.append("call"), 0.0)
+    assert timing == bench.Timing(2.0, 2.0, 2.0, 7), "of a slow call, few repeats"
+    names = [step if isinstance(step, str) else step[0] for step in queued]
+    assert names == ["call", "call", *("flush", "wait", "event", "call", "event") * 7]
+    _, (num_blocks, *_), (num_threads, *_), (zeros, num_vectors) = queued[2]
+    assert (num_threads, type(num_vectors)) == (128, np.int64)
+    assert zeros.nbytes == 16 * num_vectors >= 2 * l2_bytes
+    assert num_vectors <= num_blocks * num_threads < num_vectors + num_threads
+    assert not zeros.any()
+
+
+@pytest.mark.parametrize(("peer", "words"), [("sdpa", "18 PFLOP"), ("naive", "140737 GB")])
+def test_peers_that_would_take_too_long_are_left_out(peer, words):
+    x = types.SimpleNamespace(shape=bench.Shape.of(1, 64, 2**20, 128), dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"its scores would take {words}"):
+        _bench_gpu.PEER_CALLS[peer](x)
+
+
+def test_sdpa_is_beside_every_default_shape():
+    torch = pytest.importorskip("torch")
+    arrays = dict.fromkeys("qkv", torch.zeros(1, 1, 1, 1))
+    for shape in bench.DEFAULT_SHAPES:
+        assert set(_bench_gpu.PEER_CALLS["sdpa"](types.SimpleNamespace(shape=shape, torch=torch, **arrays))) == {"sdpa"}
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_portable_kernels_get_the_same_views(machine, monkeypatch, heads_first):
+    problems = []
+    monkeypatch.setattr(forward, "_device_properties", lambda _: (90, 132))
+    for name in ("steps_for", "portable_steps"):
+        monkeypatch.setattr(forward, name, problems.append)
+    x = _bench_gpu.Inputs(machine, bench.Shape.of(2, 3, 70, 16, 8), "float32", slopes(3), heads_first)
+    with pytest.raises(ValueError, match="the same kernels"):
+        _bench_gpu.PEER_CALLS["portable"](x)
+    for name in "oqkv":
+        strides = _arrays.view(name, getattr(x, name)).strides
+        assert [getattr(problem, name).strides for problem in problems] == [strides] * 2
+
+
 # Files
 
 
@@ -266,6 +456,21 @@ def test_json_has_all_numbers(fake_gpu):
     assert row["tflops"] == pytest.approx(2 * 65 * (4 * 32 * 8 + 64 * 40) / 2e-3 / 1e12)
 
 
+@pytest.mark.parametrize("words", [["--json", "{}"], ["--json={}"], ["--js", "{}"], ["--plot", "{}.png"]])
+def test_recorded_command_has_no_folder(fake_gpu, tmp_path, capsys, words):
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
+    folder = tmp_path / "my=folder"
+    folder.mkdir()
+    assert cli.main(["bench", *SHAPES, *(word.format(folder / "b") for word in words), "--slopes=0.1"]) == 0
+    command = " ".join(["python -m lightning_cupy bench", *SHAPES, *words, "--slopes=0.1"]).format("b")
+    out, (path,) = capsys.readouterr().out, folder.iterdir()
+    assert f"`{command}`" in out
+    assert "folder" not in out
+    if path.suffix != ".png":
+        assert json.loads(path.read_text())["command"] == command
+
+
 def test_plot(peers):
     pytest.importorskip("matplotlib")
     assert cli.main(["bench", *SHAPES, "--dtype", "float32", "--plot", "b.png"]) == 0
@@ -276,8 +481,9 @@ def test_plot(peers):
 def test_plot_into_axes(peers):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figure, axes = pyplot.subplots()
-    result = bench.forward([(1, 2, 65, 16)], dtypes=["float32"])
+    result = bench.forward([(1, 2, 65, 16)], dtypes=["float32"], heads_first=True)
     assert result.plot(axes) is axes
+    assert axes.get_title() == "forward of heads-first arrays on Fake GPU: batch, heads, tokens, head_dim"
     legend = {text.get_text() for text in axes.get_legend().get_texts()}
     assert {"lightning_cupy", "fla", "copy", "only read q, k, v, write o"} <= legend
     pyplot.close(figure)
@@ -413,9 +619,24 @@ def test_plain_progress_writes_over_longer_words(monkeypatch, capsys):
 def test_kernels_compile_without_spills(arch):
     pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
     _, log = _compile.compile_cubin("bench.cu", _bench_gpu._CONSTANTS, arch)
-    assert len(spilled_bytes(log)) == 3 * 3
+    assert len(spilled_bytes(log)) == 4 * 3
     assert not any(spilled_bytes(log))
     assert "warning" not in log
+
+
+@pytest.mark.parametrize(("name", "num_loads", "never"), [("stream", 3, -2), ("flush", 1, 0)])
+def test_kernels_load_by_16_bytes_what_a_store_depends_on(name, num_loads, never):
+    pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
+    from cupy.cuda import nvrtc
+
+    source = (_compile.kernels_dir() / "bench.cu").read_text()
+    program = nvrtc.createProgram(source, "bench.cu", (), ())
+    constants = (f"-D{constant}={value}" for constant, value in _bench_gpu._CONSTANTS)
+    nvrtc.compileProgram(program, ("--gpu-architecture=compute_75", *constants))
+    kernel = re.search(rf"\.entry {name}\(.*?^}}", nvrtc.getPTX(program).decode(), re.DOTALL | re.MULTILINE)[0]
+    accesses = re.findall(r"(?:ld|st)\.global\S*", kernel.replace("global.cs", "global"))
+    assert accesses == ["ld.global.v4.u32"] * num_loads + ["st.global.v4.u32"]
+    assert re.search(rf"setp\.(eq|ne)\.s32\s+%p\d+, %r\d+, {never};", kernel)
 
 
 # On a GPU
@@ -444,17 +665,22 @@ def test_quick_bench_on_a_gpu(tmp_path, capsys, monkeypatch, with_torch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_bench_of_odd_shapes_on_a_gpu(dtype):
-    result = bench.forward([(2, 3, 1000, 40, 24), (1, 1, 2, 64)], dtypes=[dtype], against=["naive"], slopes="retnet")
+def test_bench_of_odd_shapes_on_a_gpu(dtype, heads_first):
+    shapes, against = [(2, 3, 1000, 40, 24), (1, 1, 2, 64)], ["naive", "portable"]
+    result = bench.forward(shapes, dtypes=[dtype], against=against, slopes="retnet", heads_first=heads_first)
     assert result.passed, result
     assert all(row.ours and row.floor and 0 < row.ours.min <= row.ours.median <= row.ours.p90 for row in result.rows)
+    assert all(bench._at_most(row.peer_errors.get("portable", 0.0), row.bound) for row in result.rows)
 
 
 @pytest.mark.gpu
-def test_inputs_on_a_gpu():
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("v_dim", [16, 32, 40])
+def test_inputs_on_a_gpu(heads_first, v_dim):
     with _bench_gpu.current_gpu() as gpu:
-        x = gpu.inputs(bench.Shape.of(1, 4, 300, 32), "float32", slopes(4))
+        x = gpu.inputs(bench.Shape.of(1, 4, 300, 32, v_dim), "float32", slopes(4), heads_first)
         q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
         assert abs(np.mean(q)) < 0.1
         assert np.std(q) == pytest.approx(1, abs=0.1)
@@ -465,3 +691,11 @@ def test_inputs_on_a_gpu():
         assert not x.is_unwritten()
         expected, _ = reference.chunked(q, k, v, slopes=slopes(4)[[0, 3]], dtype=np.float64)
         assert bench._error(x.sample(x.o), [(slice(None), expected)]) <= BOUNDS["float32"]
+
+        x.stream()
+        o, q, k, v = (x.bits[name].get().ravel() for name in "oqkv")
+        count = min(o.size, q.size)
+        v[:count] ^= q[:count] ^ k[:count]
+        np.testing.assert_array_equal(o, v)
+        gpu.flush()
+        assert not gpu._zeros.any()

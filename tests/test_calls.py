@@ -391,7 +391,7 @@ def test_bench_of_the_portable_kernels(gpu, rng, monkeypatch):
     check(call(), q, k, v, slopes=slopes, scale=0.3)
 
 
-def test_program_of_several_structs_zeros_and_a_cooperative_launch(gpu, monkeypatch):
+def test_program_of_several_structs_unique_numbers_and_a_cooperative_launch(gpu, monkeypatch):
     seen = []
 
     def launch(*arguments):
@@ -401,25 +401,27 @@ def test_program_of_several_structs_zeros_and_a_cooperative_launch(gpu, monkeypa
     for name in ("launchKernel", "launchCooperativeKernel"):
         monkeypatch.setattr(cupy.cuda.driver, name, launch)
     template = bytes(range(32))
-    one = _launch.Arguments(template, ((8, "q"), (24, "counters")))
+    one = _launch.Arguments(template, ((8, "q"), (16, _launch.UNIQUE), (24, "other")))
     other = _launch.Arguments(template, ((0, "o"),))
     step = _launch.Launch("a.cu", "f", (), (1, 2, 3), (4, 5, 6), 77, one)
     steps = _launch.Steps(
         (step, dataclasses.replace(step, name="g", arguments=other, cooperative=True), step),
-        (_launch.Buffer("scratch", (2, 3), "float64"), _launch.Buffer("counters", (4,), "float32", zeroed=True)),
+        (_launch.Buffer("scratch", (2, 3), "float64"), _launch.Buffer("other", (4,), "float32")),
     )
     like = _arrays.view("q", gpu.array(np.zeros(4, np.float32)))
     program = _launch.Program(steps, ("o", "q"), (_launch.Buffer("o", (5,), "float32"),), like)
-    zeroed = []
-    program._memset = lambda *arguments: zeroed.append(arguments)
     (o,) = program.run([0, 0x1234], like.owner)
     assert (o.shape, o.dtype) == ((5,), np.float32)
-    ((counters, *rest),) = zeroed
-    assert rest == [0, 16, 7]
-    word = int.to_bytes
-    first = template[:8] + word(0x1234, 8, "little") + template[16:24] + word(counters, 8, "little")
-    second = word(o.data.ptr, 8, "little") + template[8:]
-    assert [content for *_, content in seen] == [first, second, first]
+    contents = [np.frombuffer(content, np.uint64) for *_, content in seen]
+    words = np.frombuffer(template, np.uint64)
+    unique, other = contents[0][2:]
+    assert unique % 2**32 == 0
+    assert other not in (0, words[3], 0x1234, o.data.ptr)
+    assert (contents[0] == (words[0], 0x1234, unique, other)).all()
+    assert (contents[1] == (o.data.ptr, *words[1:])).all()
+    assert (contents[2] == contents[0]).all()
     assert [count for _, count, _ in seen] == [11, 10, 11]
     assert seen[0][0] == (seen[2][0][0], 1, 2, 3, 4, 5, 6, 77)
     assert len({geometry[0] for geometry, *_ in seen}) == 2
+    program.run([0, 0x1234], like.owner)
+    assert np.frombuffer(seen[3][2], np.uint64)[2] not in (unique, words[2]), "two calls have the same number"

@@ -102,8 +102,23 @@ def test_one_long_head_has_most_of_the_gpu():
     assert 100 < team_size <= NUM_SMS
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "v_dim", "cluster"),
+    [(64, 128, 2), (65, 128, 1), (1, 72, 2), (40, 192, 3), (41, 192, 1), (32, 256, 4), (33, 200, 1), (100, 64, 1)],
+)
+def test_blocks_of_a_head_are_a_cluster_where_all_are_there_at_once(play, monkeypatch, num_heads, v_dim, cluster):
+    play(Driver())
+    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (1, 1))
+    launch, args = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 64, v_dim)))
+    assert dict(launch.constants)["CLUSTER"] == cluster
+    assert launch.grid[0] == num_heads * -(-v_dim // 64) == args["num_rows"]
+    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (2, 1))
+    launch, _ = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 64, v_dim)))
+    assert dict(launch.constants)["CLUSTER"] == 1
+
+
 @pytest.mark.parametrize("num_sms", [132, 114, 78, 1])
-@pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (40, 128), (128, 128), (192, 256), (256, 8)])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (40, 128), (96, 96), (128, 128), (192, 256), (256, 8)])
 def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
     play(Driver())
     for num_heads, seqlen in itertools.product((1, 2, 3, 16, 67, 131, 500), (1, 63, 64, 65, 129, 1000, 20_000, 2**20)):
@@ -119,9 +134,8 @@ def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
         limit = num_sms if launch.cooperative else int(args["num_rows"])
         assert launch.grid[0] <= limit
         constants = dict(launch.constants)
-        for buffer in steps.buffers:
-            of_a_block = 2 * constants["QK_DIM"] * 64 * constants["V_GROUPS"] if buffer.name == "workspace" else 1
-            assert np.prod(buffer.shape) <= num_sms * of_a_block
+        of_a_block = 2 * (constants["QK_DIM"] * 64 + 2) * constants["V_GROUPS"]
+        assert sum(np.prod(buffer.shape) for buffer in steps.buffers) <= num_sms * of_a_block
 
 
 # Whether it takes a call
@@ -242,7 +256,10 @@ def tensor_map(args, name):
 def check_pointers(launch, wanted):
     """Each array's pointer goes where the struct has it; into its descriptor, if it has one."""
     offsets = {name: forward_sm90._ARGS.fields[name][1] + (ADDRESS if name in "qkvo" else 0) for name in wanted}
-    assert {name: offset for offset, name in launch.arguments.pointers} == offsets
+    names = {"first_flag": _launch.UNIQUE}
+    assert {name: offset for offset, name in launch.arguments.pointers} == {
+        names.get(name, name): offset for name, offset in offsets.items()
+    }
     assert len(launch.arguments.template) % 64 == 0, "descriptors are aligned to 64 bytes"
 
 
@@ -291,10 +308,9 @@ def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype):
     # 6 teams of 20 of 132 blocks, for 18 rows.
     assert (launch.grid, launch.block) == ((120, 1, 1), (384, 1, 1))
     assert launch.cooperative
-    workspace, counters = steps.buffers
-    assert workspace == _launch.Buffer("workspace", (6, 2, 19, 192, 64), "float32")
-    assert counters == _launch.Buffer("counters", (6, 2), "float32", zeroed=True)
-    check_pointers(launch, [*"qkvo", "final_state", "initial_state", "workspace", "counters", "slopes"])
+    # Two states behind each member but the last, and two flags of 8 bytes for each member.
+    assert steps.buffers == (_launch.Buffer("workspace", (6 * 2 * (19 * 192 * 64 + 20 * 2),), "float32"),)
+    check_pointers(launch, [*"qkvo", "final_state", "initial_state", "workspace", "first_flag", "slopes"])
     assert tuple(args["initial_strides"]) == (7, 5, 3, 1)
     sizes = {"num_rows": 18, "team_size": 20, "segment_length": 256, "num_v_blocks": 3, "slopes_stride": 3}
     assert {name: args[name] for name in sizes} == sizes
@@ -344,6 +360,7 @@ C_TYPES = {
     "Strides": ctypes.c_int64 * 4,
     "StateStrides": ctypes.c_int64 * 4,
     "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
     "double": ctypes.c_double,
     "int": ctypes.c_int32,
 }

@@ -386,7 +386,7 @@ def hopper(monkeypatch):
         pytest.skip("forward_sm90.cu is for compute capability 9.0")
     steps_for = forward.steps_for
 
-    def force(v_groups: int | None = None, wanted_size: int = 1) -> list:
+    def force(v_groups: int | None = None, wanted_size: int = 1, cluster: bool = True) -> list:
         launches = []
 
         def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms):
@@ -402,6 +402,8 @@ def hopper(monkeypatch):
 
         if v_groups is not None:
             monkeypatch.setattr(forward_sm90, "tiling_for", tiling)
+        if not cluster:
+            monkeypatch.setattr(forward_sm90, "cluster_for", lambda *_: 1)
         monkeypatch.setattr(forward, "steps_for", watch)
         monkeypatch.setattr(_calls, "_calls", {})
         return launches
@@ -426,7 +428,7 @@ def poisoned():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("seqlen", [*LENGTHS, 4500])
-@pytest.mark.parametrize("tiling", [(1, 1), (2, 1), (1, 2), (2, 3), (2, 7), (1, 16), (2, 64)], ids=str)
+@pytest.mark.parametrize("tiling", [(1, 1), (1, 1, False), (2, 1), (1, 2), (2, 3), (2, 7), (1, 16), (2, 64)], ids=str)
 def test_hopper_tilings(rng, hopper, poisoned, dtype, seqlen, tiling):
     launches = hopper(*tiling)
     q, k = (normal(rng, (2, seqlen, 3, 72), dtype) for _ in range(2))
@@ -445,9 +447,38 @@ def test_hopper_tilings(rng, hopper, poisoned, dtype, seqlen, tiling):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen", [1, 64, 200, 1500])
+@pytest.mark.parametrize("num_heads", [3, 30, 100])
+@pytest.mark.parametrize(
+    ("head_dim", "v_dim"), [(64, 128), (96, 96), (128, 128), (128, 256), (192, 192), (256, 256), (256, 136)]
+)
+def test_hopper_clusters(rng, hopper, poisoned, dtype, seqlen, num_heads, head_dim, v_dim):
+    launches = hopper(1)
+    q, k = (normal(rng, (seqlen, num_heads, head_dim), dtype) for _ in range(2))
+    v = normal(rng, (seqlen, num_heads, v_dim), dtype)
+    state = rng.standard_normal((num_heads, head_dim, v_dim)).astype(np.float32)
+    factor = 1.5 if seqlen < 64 else 1.0
+    check(q, k, v, dtype, factor=factor, slopes=rng.uniform(0, 0.1, num_heads), initial_state=state)
+    cluster = -(-v_dim // 64) if num_heads <= 30 else 1
+    assert {dict(launch.constants)["CLUSTER"] for launch in launches} == {cluster}
+
+
+@pytest.mark.parametrize("slope", [0.02, 0.3, 8.0, 1e300])
+@pytest.mark.parametrize("initial", [False, True])
+def test_hopper_teams_forget_only_what_has_decayed(rng, hopper, poisoned, slope, initial):
+    hopper(2, 8)
+    q, k, v = (normal(rng, (8 * 512, 2, 128), "bfloat16") for _ in range(3))
+    # A thousand times as much where segments end, and far in front of that.
+    for first in (0, 200, 480):
+        v.reshape(8, 512, 2, 128)[:, first : first + 2] *= np.float32(1000).astype(v.dtype)
+    state = 10 * rng.standard_normal((2, 128, 128)).astype(np.float32) if initial else None
+    check(q, k, v, "bfloat16", slopes=[slope, 0.001], initial_state=state)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("head_dim", "v_dim", "v_groups"),
-    [(64, 64, 1), (64, 128, 2), (128, 64, 1), (128, 128, 2), (192, 64, 1), (256, 64, 1)],
+    [(64, 64, 1), (64, 128, 2), (96, 96, 2), (128, 64, 1), (128, 128, 2), (192, 64, 1), (256, 64, 1)],
 )
 def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, v_dim, v_groups):
     launches = hopper(v_groups, 3)
@@ -463,7 +494,7 @@ def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("decayed", [False, True])
 @pytest.mark.parametrize("team_size", [1, 4])
-@pytest.mark.parametrize(("head_dim", "v_groups"), [(64, 1), (128, 1), (128, 2), (192, 1), (256, 1)])
+@pytest.mark.parametrize(("head_dim", "v_groups"), [(64, 1), (96, 1), (96, 2), (128, 1), (128, 2), (192, 1), (256, 1)])
 def test_hopper_high_precision(rng, hopper, poisoned, dtype, decayed, team_size, head_dim, v_groups):
     launches = hopper(v_groups, team_size)
     q, k, v = (normal(rng, (2, 1000, 4, head_dim), dtype) for _ in range(3))
@@ -618,13 +649,17 @@ def test_cuda_graph(rng):
         stream.begin_capture()
         lightning_attention(*arrays, out, **options)
         graph = stream.end_capture()
-        for array, x in zip(arrays, fresh, strict=True):
-            array[...] = x
-        out.view("u2")[...] = 0xFFFF
-        graph.launch(stream)
-    stream.synchronize()
-    expected = lightning_attention(*fresh, **options)
-    assert (out.view("u2") == expected.view("u2")).all()
+    # Again and again: blocks that share a sequence meet in memory as the last launch left it.
+    for _ in range(20):
+        fresh = fresh[1:] + fresh[:1]
+        with stream:
+            for array, x in zip(arrays, fresh, strict=True):
+                array[...] = x
+            out.view("u2")[...] = 0xFFFF
+            graph.launch(stream)
+        stream.synchronize()
+        expected = lightning_attention(*fresh, **options)
+        assert (out.view("u2") == expected.view("u2")).all()
 
 
 @pytest.fixture

@@ -1,0 +1,183 @@
+// The state of 64 columns of v for float16 and bfloat16, in registers of one warpgroup, and how a chunk is added to it.
+// ST, transposed, is an accumulator of wgmma:
+//
+//   ST = decay^64 ST + (decay^(63-j) vT) k
+//
+// Decayed v is the sum of two 16-bit numbers, so that states are exact to about 2^-17. float16 has little range: rows
+// of ST and of decayed vT are scaled by powers of two, which is exact.
+#pragma once
+#include "forward_sm90.cuh"
+
+constexpr int kQkDim = QK_DIM, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
+constexpr bool kBfloat16 = BFLOAT16;
+constexpr int kChunk = 64, kQkBlocks = (kQkDim + 63) / 64;
+
+// Where TMA and wgmma put the 16 bytes `vector` of a row.
+__device__ __forceinline__ void* swizzled(Tile& tile, int row, int vector) {
+  return &tile[row][(vector ^ row % 8) * 8];
+}
+
+// 2^14 to 2^15 is where the largest number of a float16 operand is put; `exponent` is a biased float exponent.
+__device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float((268 - exponent) << 23); }
+__device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
+// Units stay between 2^-54 and 2^112; that of zeros is 1.
+__device__ __forceinline__ int unit_exponent(float largest) {
+  int exponent = __float_as_uint(largest) >> 23 & 0xff;
+  return largest == 0 ? 141 : min(max(exponent, 87), 253);
+}
+// The largest of four neighbouring lanes, which hold one row of an accumulator.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// `high + low` is the pair to about 16 bits (float16: 22).
+__device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, float y) {
+  high = pack<kBfloat16>(x, y);
+  float2 rounded = unpack<kBfloat16>(high);
+  low = pack<kBfloat16>(x - rounded.x, y - rounded.y);
+}
+
+// Decays that a warpgroup reads at each chunk; [1] is for the last, shorter chunk of a sequence.
+struct Decay {
+  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j) of pairs of tokens as high + low, relative to v_growth
+  float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least 1
+};
+
+// By the first 64 threads of a warpgroup.
+__device__ __forceinline__ void fill(Decay& decay, int thread, double slope, int seqlen) {
+  auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
+  int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (seqlen - 1) % kChunk + 1;
+  float growth = kBfloat16 ? 1 : fmaxf(power(num_tokens - 1), 1.0f);
+  float factor[2];
+  // Behind the end there are zeros, which no decay may make NaN.
+  for (int i = 0; i < 2; i++) factor[i] = power(max(num_tokens - 1 - 2 * pair - i, 0)) / growth;
+  uint2& packed = decay.v[which][pair];
+  split(packed.x, packed.y, factor[0], factor[1]);
+  if (pair == 0) {
+    decay.state[which] = power(num_tokens);
+    decay.v_growth[which] = growth;
+  }
+}
+
+using State = float[kQkDim / 2];
+
+// What one in the two rows of a thread stands for; always 1 in bfloat16.
+struct RowUnits {
+  float unit[2] = {1, 1};
+};
+
+// 16 tokens of this warp's 16 columns of v, transposed: a left operand.
+__device__ __forceinline__ void load_v(uint32_t (&v)[4], Tile& tile, int step) {
+  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  ldmatrix_x4_trans(v, swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+}
+
+// decay^(num_tokens-1-j) v of a chunk as high + low: left operands.
+struct DecayedV {
+  uint32_t high[4][4], low[4][4];
+};
+
+// In units of its own; `state_factor` is what a state is to be multiplied by, for the chunk's decay and to have these
+// units. `which` is 1 for the last, shorter chunk of a sequence.
+__device__ __forceinline__ void decay_v(DecayedV& result, float (&state_factor)[2], RowUnits& units, Tile& v,
+                                        const Decay& decay, int which) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < 4; step++) load_v(result.high[step], v, step);
+  state_factor[0] = state_factor[1] = decay.state[which];
+  if constexpr (!kBfloat16) {
+    // Rows of v are brought near 2^14, as far as a float16 factor goes: decayed, their low part has less to lose.
+    uint32_t factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        largest = largest_of_half_pairs(largest, result.high[i / 2][i % 2 * 2 + half] & 0x7fff7fff);
+      }
+      float2 pair = unpack<false>(largest);
+      int exponent = __float_as_uint(row_max(fmaxf(pair.x, pair.y))) >> 23;
+      int up = min(max(141 - exponent, -14), 15);
+      factor[half] = (up + 15) * 0x04000400;
+      float unit = decay.v_growth[which] * __uint_as_float((127 - up) << 23);
+      state_factor[half] *= units.unit[half] / unit;
+      units.unit[half] = unit;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      result.high[i / 4][i % 4] = multiply_pairs<false>(result.high[i / 4][i % 4], factor[i % 2]);
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint2 factor = decay.v[which][step * 8 + i / 2 * 4 + lane % 4];
+      uint32_t v = result.high[step][i], high = multiply_pairs<kBfloat16>(v, factor.x);
+      // What rounding left of the product is exact; then that of the decay.
+      uint32_t low = multiply_add_pairs<kBfloat16>(v, factor.x, negate_pairs<kBfloat16>(high));
+      result.high[step][i] = high;
+      result.low[step][i] = multiply_add_pairs<kBfloat16>(v, factor.y, low);
+    }
+  }
+}
+
+__device__ __forceinline__ void scale_state(State& state, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) {
+    state[i] *= factor[i / 2 % 2];
+    forget_origin(state[i]);  // now: behind the next product ptxas would wait for it first
+  }
+}
+
+// state += decayed vT k
+__device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    uint64_t k_step = wgmma_descriptor(k, step * 2048);
+    wgmma_transposed<kBfloat16>(state, v.high[step], k_step);
+    wgmma_transposed<kBfloat16>(state, v.low[step], k_step);
+  }
+  wgmma_commit();
+}
+
+// What to multiply the state by so that its rows, as operands, stay in range; `units` become those of the products.
+__device__ __forceinline__ void put_in_range(float (&factor)[2], RowUnits& units, const State& state) {
+  factor[0] = factor[1] = 1;
+  if constexpr (!kBfloat16) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float largest = 0;
+#pragma unroll
+      for (int i = 0; i < kQkDim / 4; i++) largest = fmaxf(largest, fabsf(state[i / 2 * 4 + half * 2 + i % 2]));
+      int exponent = unit_exponent(row_max(largest));
+      factor[half] = to_unit(exponent);
+      units.unit[half] *= from_unit(exponent);
+    }
+  }
+}
+
+// NOTE: where the thread's number goes into indices of states its origin is forgotten, or the compiler would make the
+// indices of all states once, in front of everything, and keep a hundred registers for them all the while.
+__device__ __forceinline__ void load_initial_state(State& state, const HopperArgs& args, int batch_idx, int head_idx,
+                                                   int first_v, bool exists) {
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) state[i] = 0;
+  if (!exists) return;  // once: a branch for each element costs microseconds of fetching instructions
+  uint32_t thread = threadIdx.x % 128;
+  forget_origin(thread);
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) state[i] = initial(args, batch_idx, head_idx, StateIndex(first_v, i, thread));
+}
+
+__device__ __forceinline__ void store_final_state(const State& state, const RowUnits& units, const HopperArgs& args,
+                                                  int batch_idx, int head_idx, int first_v) {
+  uint32_t thread = threadIdx.x % 128;
+  forget_origin(thread);
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) {
+    store_final(args, batch_idx, head_idx, StateIndex(first_v, i, thread), state[i] * units.unit[i / 2 % 2]);
+  }
+}
