@@ -183,7 +183,7 @@ __device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, co
 }
 
 constexpr int kStateSize = kGroups * kQkDim * 64;  // of a row, padded
-constexpr int kGroupBarrier = 1;  // and the next
+constexpr int kGroupBarrier = 1;                   // and the next
 
 // States behind the team's segments but the last, [team_size - 1, kStateSize]: first what each segment adds, then what
 // there is. Rows take turns between two, since a block may be at the next row while another still reads.
@@ -196,8 +196,9 @@ __device__ __forceinline__ float* states_of(const Schedule& schedule, int row_id
 enum Meeting { kAdded, kScanned };
 __device__ __forceinline__ uint64_t* flag(const Schedule& schedule, Meeting meeting, int idx) {
   const HopperArgs& args = schedule.args;
-  float* behind_states = args.workspace + static_cast<int64_t>(schedule.num_teams) * 2 * (args.team_size - 1) * kStateSize;
-  return reinterpret_cast<uint64_t*>(behind_states) + (schedule.team * 2 + meeting) * args.team_size * kGroups + idx;
+  int64_t num_states = static_cast<int64_t>(schedule.num_teams) * 2 * (args.team_size - 1);
+  uint64_t* flags = reinterpret_cast<uint64_t*>(args.workspace + num_states * kStateSize);
+  return flags + (schedule.team * 2 + meeting) * args.team_size * kGroups + idx;
 }
 
 // The groups of all blocks of a team come to a point: each sets its flag to a value that no flag has had.

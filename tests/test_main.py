@@ -274,7 +274,12 @@ def test_run_that_is_stopped_cleans_up(save, signal_number):
     before = contents()
     files = ["q.npy", "k.npy", "v.npy", "-o", "o.npy"]
     command = [sys.executable, "-m", "lightning_cupy", "run", *files, "--tokens-per-block", "1", "--backend", "cpu"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    # A shell's jobs in the background, so perhaps these tests, ignore SIGINT, and so would what they start.
+    ours = signal.signal(signal_number, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal_number, ours)
     try:
         deadline = time.monotonic() + 60
         while not list(Path().glob(".o.npy.*.part")) and process.poll() is None and time.monotonic() < deadline:
