@@ -40,11 +40,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t& barrier, uint32_t parity
 }
 
 // PTX 9.7.13.4, 9.7.13.15.13: the blocks of a cluster, and barriers of one by its rank.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }

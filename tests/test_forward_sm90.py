@@ -221,7 +221,7 @@ def test_no_tokens_have_any_precision():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("qk_dim", "v_dim"), [(128, 128), (64, 128)])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(128, 128), (64, 128), (128, 256), (64, 192), (96, 96)])
 def test_warmup_knows_all_kernels_of_wide_v(play, monkeypatch, dtype, qk_dim, v_dim):
     check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim)
 
@@ -236,7 +236,9 @@ def check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim):
     play(Driver())
     monkeypatch.setattr(forward, "_device_properties", lambda _: (90, NUM_SMS))
     known = forward.kernels_for(dtype, qk_dim, v_dim, causal=True, device_id=0)
-    for num_heads, seqlen in itertools.product((1, 2, 8, 33, 64, 100, 132, 200, 1000), (1, 65, 1000, 4096, 2**15)):
+    for num_heads, seqlen in itertools.product(
+        (1, 2, 8, 33, 40, 50, 64, 100, 132, 200, 1000), (1, 65, 1000, 4096, 2**15)
+    ):
         steps = forward.steps_for(problem_of(1, num_heads, seqlen, qk_dim, v_dim, dtype=dtype))
         assert {launch.kernel for launch in steps.launches} <= set(known), (num_heads, seqlen)
 
