@@ -11,12 +11,15 @@
 //
 // A block is a producer warpgroup, of which one thread feeds TMA and one for each group stores, the scores warpgroup,
 // and V_GROUPS warpgroups for the state and outputs: stages of one pipeline, and so in one file. They hand tiles on
-// through mbarriers. Without SPLIT a block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first
-// token to the last; where there are few, the CLUSTER blocks of a head are a cluster, in which each loads a part of q
-// and k for all, and they take turns in making P for all. With SPLIT a team of blocks walks a row, a segment of the
-// sequence each: first the states that their segments add (k and v), then, exchanged through memory, each a slice of
-// the elements, the states in front of the segments, then the outputs. Blocks wait for each other, so all must be
-// resident: forward_sm90.py launches cooperatively.
+// through mbarriers. A block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first token to the
+// last. The CLUSTER blocks of a head may be a cluster, in which each loads a part of q and k for all, and they take
+// turns in making P for all.
+//
+// With SPLIT a team of blocks walks a row, a segment of the sequence each: first for states (k and v), then for
+// outputs. In a team of two, the second makes the state that it needs, of the segment in front of its own, which is
+// the longer for it. In a larger team each makes what its segment adds; then they exchange through memory, each a slice
+// of the elements, the states in front of the segments. Those blocks wait for each other, so all must be resident:
+// forward_sm90.py launches cooperatively.
 //
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
@@ -27,7 +30,7 @@ constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kG
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
 static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
               "an SM has 65536 registers");
-static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
+static_assert(kCluster == 1 || kGroups == 1, "a cluster is the blocks of a head, of one group each");
 
 constexpr int kScoresBarrier = 3;
 
@@ -38,24 +41,26 @@ struct Scores {
 constexpr int kScoresBytes = kBfloat16 ? sizeof(Scores::tile) : sizeof(Scores::tile) + 2 * kChunk * sizeof(float);
 
 struct Shared {
-  alignas(1024) Tile q[kStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
+  alignas(1024) Tile q[kQStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
   Tile o[kGroups][kOutputBuffers];
+  uint16_t zeros[8][64];
   Scores p[kPBuffers];
-  float o_decay[kGroups][kChunk];                 // scale decay^(i+1)
+  float o_decay[kGroups][kChunk];  // scale decay^(i+1)
   Decay decay[kGroups];
   float segment_decay[kGroups];  // decay^segment_length
-  // Of a stage: q and k for the scores, v (and k, for states alone) have arrived; all blocks of the cluster have used
-  // theirs. Of p likewise: it is in this block; the next that this block makes may go to the same buffer of all.
-  uint64_t qk_full[kStages], v_full[kStages], empty[kStages], p_full[kPBuffers], p_empty[kPBuffers];
+  // Of a stage: q, k or v have arrived; all blocks of the cluster have used theirs. q is done with long before k and v.
+  // Of p likewise: it is in this block; the next that this block makes may go to the same buffer of all.
+  uint64_t q_full[kQStages], q_empty[kQStages], k_full[kStages], v_full[kStages], kv_empty[kStages];
+  uint64_t p_full[kPBuffers], p_empty[kPBuffers];
   uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
 };
 static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 
 // One warp has used a stage: the first lanes tell the blocks of the cluster.
-__device__ __forceinline__ void release(uint64_t& empty, uint32_t num_arrivals = 1) {
+__device__ __forceinline__ void release(uint64_t& empty) {
   int lane = threadIdx.x % 32;
   if constexpr (kCluster == 1) {
-    if (lane == 0) mbarrier_arrive(empty, num_arrivals);
+    if (lane == 0) mbarrier_arrive(empty);
   } else {
     __syncwarp();
     if (lane < kCluster) mbarrier_arrive_at(lane, empty);
@@ -70,17 +75,19 @@ struct Pass {
   __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
 };
 
-// A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
+// A team takes rows in turn; each of its blocks, a member, has a segment of all of them. With clusters, the members of
+// the teams that have the other columns of v are beside it.
 struct Schedule {
   const HopperArgs& args;
   int team, num_teams, member, num_rows, rank;
 
   __device__ __forceinline__ explicit Schedule(const HopperArgs& args) : args(args) {
-    team = kSplit ? blockIdx.x / args.team_size : blockIdx.x;
-    member = kSplit ? blockIdx.x % args.team_size : 0;
-    num_teams = kSplit ? gridDim.x / args.team_size : gridDim.x;
+    rank = blockIdx.x % kCluster;
+    int cluster = blockIdx.x / kCluster, team_size = kSplit ? args.team_size : 1;
+    team = cluster / team_size * kCluster + rank;
+    member = cluster % team_size;
+    num_teams = gridDim.x / team_size;
     num_rows = kSplit ? (args.num_rows - team + num_teams - 1) / num_teams : 1;
-    rank = kCluster == 1 ? 0 : blockIdx.x % kCluster;
   }
 
   // With SPLIT, two for each row: its state, its outputs.
@@ -89,20 +96,27 @@ struct Schedule {
   __device__ __forceinline__ Pass operator[](int idx) const {
     Pass pass;
     pass.outputs = !kSplit || idx % 2 == 1;
-    pass.row = kSplit ? team + idx / 2 * num_teams : team;
+    pass.row = team + idx / 2 * num_teams;
     int head = pass.row / args.num_v_blocks;
     pass.v_block = pass.row - head * args.num_v_blocks;
     pass.batch_idx = head / args.num_heads;
     pass.head_idx = head - pass.batch_idx * args.num_heads;
-    pass.first_token = kSplit ? min(member * args.segment_length, args.seqlen) : 0;
-    pass.num_tokens = kSplit ? min(args.segment_length, args.seqlen - pass.first_token) : args.seqlen;
-    if (!pass.outputs) {
-      if (member == args.team_size - 1) {
-        pass.num_tokens = 0;  // nothing is behind it
-      } else if (member > 0 || args.initial_state == nullptr) {
-        int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
-        pass.first_token += num_forgotten;
-        pass.num_tokens -= num_forgotten;
+    pass.first_token = 0;
+    pass.num_tokens = args.seqlen;
+    if (kSplit) {
+      // Of two members, the second makes the state that it needs itself, and has fewer outputs; of more, each makes
+      // what its segment adds, and they exchange it.
+      int segment = pass.outputs || args.team_size > 2 ? member : member - 1;
+      if (segment > 0) pass.first_token = args.first_length + (segment - 1) * args.segment_length;
+      pass.num_tokens = min(segment == 0 ? args.first_length : args.segment_length, args.seqlen - pass.first_token);
+      if (!pass.outputs) {
+        if (segment < 0 || segment == args.team_size - 1) {
+          pass.num_tokens = 0;  // nothing is in front of it, or behind it
+        } else if (segment > 0 || args.initial_state == nullptr) {
+          int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
+          pass.first_token += num_forgotten;
+          pass.num_tokens -= num_forgotten;
+        }
       }
     }
     return pass;
@@ -115,46 +129,57 @@ struct Schedule {
 };
 
 // Stages in the order in which all warpgroups go through them, and the parity of the next wait for each.
+template <int kNumStages>
 struct Ring {
   int stage = 0;
   uint32_t parities = 0;
 
-  __device__ __forceinline__ void advance() { stage = stage + 1 == kStages ? 0 : stage + 1; }
-  __device__ __forceinline__ void skip(int count) { stage = (stage + count) % kStages; }
   __device__ __forceinline__ uint32_t parity() const { return parities >> stage & 1; }
-  __device__ __forceinline__ void flip() { parities ^= 1u << stage; }
+  __device__ __forceinline__ void advance() {
+    parities ^= 1u << stage;
+    stage = stage + 1 == kNumStages ? 0 : stage + 1;
+  }
+  // Chunks that others have.
+  __device__ __forceinline__ void skip(int count) {
+    for (int i = 0; i < count; i++) advance();
+  }
 };
+using QRing = Ring<kQStages>;
+using KvRing = Ring<kStages>;
+
+// The blocks of a cluster share the tiles of q and k out, neighbours to one block, which loads them for all.
+__device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const TensorMap& map, uint64_t& full, int rank,
+                                             bool is_k, int token, int head, int batch) {
+  mbarrier_arrive_expect_tx(full, kQkBlocks * kTileBytes);
+#pragma unroll
+  for (int block = 0; block < kQkBlocks; block++) {
+    if ((is_k * kQkBlocks + block) * kCluster / (2 * kQkBlocks) == rank) {
+      tma_load_to_cluster<kCluster>(tiles[block], map, full, block * 64, token, head, batch);
+    }
+  }
+}
 
 __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
-  prefetch_tensor_map(args.q);
-  prefetch_tensor_map(args.k);
-  prefetch_tensor_map(args.v);
-  Ring ring;
+  QRing q_ring;
+  KvRing ring;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
-    int head = pass.head_idx, batch = pass.batch_idx;
-    for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance()) {
-      mbarrier_wait(shared.empty[ring.stage], ring.parity() ^ 1);
-      ring.flip();
-      int stage = ring.stage, token = pass.first_token + chunk * kChunk;
-      uint64_t& v_full = shared.v_full[stage];
-      uint64_t& k_full = pass.outputs ? shared.qk_full[stage] : v_full;
-      if (pass.outputs) mbarrier_arrive_expect_tx(shared.qk_full[stage], 2 * kQkBlocks * kTileBytes);
-      mbarrier_arrive_expect_tx(v_full, (kGroups + (pass.outputs ? 0 : kQkBlocks)) * kTileBytes);
-#pragma unroll
-      for (int block = 0; block < kQkBlocks; block++) {
-        // Blocks of a cluster load tiles in turn, each for all of them.
-        if (pass.outputs && 2 * block % kCluster == schedule.rank) {
-          tma_load_to_cluster<kCluster>(shared.q[stage][block], args.q, k_full, block * 64, token, head, batch);
-        }
-        if ((2 * block + 1) % kCluster == schedule.rank) {
-          tma_load_to_cluster<kCluster>(shared.k[stage][block], args.k, k_full, block * 64, token, head, batch);
-        }
-      }
+    int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
+    for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
+      int token = pass.first_token + chunk * kChunk, stage = ring.stage;
+      mbarrier_wait(shared.kv_empty[stage], ring.parity() ^ 1);
+      load_for_all(shared.k[stage], args.k, shared.k_full[stage], schedule.rank, true, token, head, batch);
+      mbarrier_arrive_expect_tx(shared.v_full[stage], kGroups * kTileBytes);
 #pragma unroll
       for (int group = 0; group < kGroups; group++) {
-        int dim = (pass.v_block * kGroups + group) * 64;
-        tma_load(shared.v[stage][group], args.v, v_full, dim, token, head, batch);
+        tma_load(shared.v[stage][group], args.v, shared.v_full[stage], first_v + group * 64, token, head, batch);
+      }
+      ring.advance();
+      if (pass.outputs) {
+        int stage = q_ring.stage;
+        mbarrier_wait(shared.q_empty[stage], q_ring.parity() ^ 1);
+        load_for_all(shared.q[stage], args.q, shared.q_full[stage], schedule.rank, false, token, head, batch);
+        q_ring.advance();
       }
     }
   }
@@ -162,7 +187,6 @@ __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, 
 
 // Stores the outputs of a group.
 __device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, const Schedule& schedule, int group) {
-  prefetch_tensor_map(args.o);
   int num_stores = 0;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
@@ -261,27 +285,30 @@ __device__ __forceinline__ void wait_for_p_empty(Shared& shared, int use, int ra
 }
 
 // P of all chunks of a pass; blocks of a cluster take turns, each making it for all of them.
-__device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, int rank, Ring& ring, int& p_uses,
-                                            const float (&factor)[32]) {
+__device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, int rank, QRing& q_ring, KvRing& ring,
+                                            int& p_uses, const float (&factor)[32]) {
   int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  for (int chunk = 0; chunk < pass.num_chunks(); chunk++, ring.advance(), p_uses++) {
-    int stage = ring.stage;
-    mbarrier_wait(shared.qk_full[stage], ring.parity());
-    ring.flip();
+  for (int chunk = 0; chunk < pass.num_chunks(); chunk++, q_ring.advance(), ring.advance(), p_uses++) {
+    int q_stage = q_ring.stage, stage = ring.stage;
+    mbarrier_wait(shared.q_full[q_stage], q_ring.parity());
+    mbarrier_wait(shared.k_full[stage], ring.parity());
     if (kCluster > 1 && p_uses % kCluster != rank) {
-      release(shared.empty[stage]);
+      release(shared.q_empty[q_stage]);
+      release(shared.kv_empty[stage]);
       continue;
     }
     float p[32];
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kQkDim / 16; step++) {
-      wgmma_64x64x16<kBfloat16, false, false>(p, wgmma_descriptor(shared.q[stage][step / 4], step % 4 * 32),
-                                              wgmma_descriptor(shared.k[stage][step / 4], step % 4 * 32), step > 0);
+      int offset = step / 4 * kTileBytes + step % 4 * 32;
+      wgmma_64x64x16<kBfloat16, false, false>(p, wgmma_descriptor(shared.q[q_stage], offset),
+                                              wgmma_descriptor(shared.k[stage], offset), step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
-    release(shared.empty[stage]);
+    release(shared.q_empty[q_stage]);
+    release(shared.kv_empty[stage]);
 #pragma unroll
     for (int i = 0; i < 32; i++) p[i] *= factor[i];
 
@@ -333,7 +360,8 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
 
 __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
   int thread = threadIdx.x % 128, lane = thread % 32, first_row = thread / 32 * 16 + lane / 4;
-  Ring ring;
+  QRing q_ring;
+  KvRing ring;
   int p_uses = 0;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
@@ -347,7 +375,7 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
         float decay = expf(static_cast<float>(-slope * max(distance, 0)));
         factor[i] = distance >= 0 ? scale * decay : 0;
       }
-      make_scores(shared, pass, schedule.rank, ring, p_uses, factor);
+      make_scores(shared, pass, schedule.rank, q_ring, ring, p_uses, factor);
     } else {
       ring.skip(pass.num_chunks());
     }
@@ -359,36 +387,18 @@ template <int kSteps>
 struct StateOperands {
   uint32_t high[kSteps][4], low[kHigh ? kSteps : 1][4];
 
-  __device__ __forceinline__ StateOperands(const State& state, int first_step, const float (&factor)[2]) {
+  __device__ __forceinline__ StateOperands(const float* state, const float (&factor)[2]) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float* pair = &state[(first_step + step) * 8 + i * 2];
-        float x = pair[0] * factor[i % 2], y = pair[1] * factor[i % 2];
-        if constexpr (kHigh) {
-          split(high[step][i], low[step][i], x, y);
-        } else {
-          high[step][i] = pack<kBfloat16>(x, y);
-        }
+    for (int i = 0; i < kSteps * 4; i++) {
+      float x = state[i * 2] * factor[i % 2], y = state[i * 2 + 1] * factor[i % 2];
+      if constexpr (kHigh) {
+        split(high[i / 4][i % 4], low[i / 4][i % 4], x, y);
+      } else {
+        high[i / 4][i % 4] = pack<kBfloat16>(x, y);
       }
     }
   }
 };
-
-// o (+)= ST qT over these columns of q and k.
-template <int kSteps>
-__device__ __forceinline__ void inter_block(float (&o)[32], const StateOperands<kSteps>& state, int first_step,
-                                            Tile (&q)[kQkBlocks]) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; step++) {
-    uint64_t q_step = wgmma_descriptor(q[(first_step + step) / 4], (first_step + step) % 4 * 32);
-    wgmma_64x64x16<kBfloat16>(o, state.high[step], q_step, first_step + step > 0);
-    if constexpr (kHigh) wgmma_64x64x16<kBfloat16>(o, state.low[step], q_step, 1);
-  }
-  wgmma_commit();
-}
 
 __device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32]) {
   int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -401,16 +411,18 @@ __device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32]) 
   }
 }
 
-// What registers have room for: operands of q S at once or in turn; outputs of two chunks.
-constexpr bool kInTurn = kHigh || kQkDim == 256, kOverlap = kGroups == 1 && kQkDim <= 128 && !kHigh;
+// Whether registers suffice to go on while products of a chunk are under way.
+constexpr bool kOverlap = !(kSplit && (kGroups == 2 || kQkDim == 256));
+// Whether they suffice for v of two chunks, and for decays that need not be loaded again.
+constexpr bool kEarly = kTwoParts && kGroups == 1 && kQkDim <= 128;
 
 // One warpgroup: state and outputs of 64 columns of v.
 struct Group {
   Shared& shared;
   const HopperArgs& args;
   const int group, thread = threadIdx.x % 128, lane = threadIdx.x % 32, barrier = kGroupBarrier + group;
-  Ring ring;  // its parities are those of v_full
-  uint32_t qk_parities = 0;
+  QRing q_ring;
+  KvRing ring;
   int num_outputs = 0;  // chunks
   State state;
   RowUnits units;
@@ -451,87 +463,87 @@ struct Group {
     }
   }
 
-  __device__ __forceinline__ void take_v(DecayedV& v, float (&state_factor)[2], RowUnits& units, const Ring& ring,
-                                         int num_tokens_left) {
+  // v of the ring's chunk; so many tokens of the pass are left from there on.
+  __device__ __forceinline__ void take_v(LoadedV& v, const KvRing& ring, int num_tokens_left) {
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    decay_v(v, state_factor, units, shared.v[ring.stage][group], shared.decay[group], num_tokens_left < kChunk);
+    load_v(v, shared.v[ring.stage][group], shared.decay[group], num_tokens_left < kChunk);
   }
 
-  // The state of a segment alone. While the product of a chunk is under way, v of the next is made; behind the last
-  // that chunk's again, for nothing: ptxas gives up overlapping products where a branch is among them.
+  // v of the chunk behind the ring's. Behind the last that chunk's again, for nothing: ptxas gives up overlapping
+  // products where a branch is among them.
+  __device__ __forceinline__ void take_next_v(LoadedV& v, int num_tokens_left) {
+    KvRing next_ring = ring;
+    if (num_tokens_left > kChunk) next_ring.advance();
+    take_v(v, next_ring, num_tokens_left - kChunk);
+  }
+
+  // The state of a segment alone. While products of a chunk are under way, v of the next is made.
   __device__ __forceinline__ void add_segment(const Pass& pass) {
-    int num_chunks = pass.num_chunks();
-    if (num_chunks == 0) return;
-    DecayedV v[2];
-    float state_factor[2];
-    auto step = [&](int chunk, DecayedV& v, DecayedV& next) {
+    if (pass.num_tokens == 0) return;
+    int num_tokens_left = pass.num_tokens;
+    auto step = [&](const DecayedV& v, DecayedV& next) {
       int stage = ring.stage;
-      scale_state(state, state_factor);
-      update_state(state, v, shared.k[stage]);
-      bool is_last = chunk + 1 == num_chunks;
-      Ring next_ring = ring;
-      next_ring.flip();
-      next_ring.advance();
-      if (is_last) next_ring = ring;
-      RowUnits next_units = units;
-      take_v(next, state_factor, next_units, next_ring, is_last ? 0 : pass.num_tokens - (chunk + 1) * kChunk);
-      if (!is_last) units = next_units;
+      mbarrier_wait(shared.k_full[stage], ring.parity());
+      scale_state(state, v.state_factor);
+      if constexpr (kTwoParts) update_state<Back>(state, v, shared.k[stage]);
+      update_state<Front>(state, v, shared.k[stage]);
+      LoadedV loaded;
+      take_next_v(loaded, num_tokens_left);
+      decay_v(next, v.units, loaded);
       wgmma_wait<0>();
-      // The first group arrives for the scores warpgroup, which has no part in this.
-      release(shared.empty[stage], group == 0 ? 2 : 1);
-      ring.flip();
+      release(shared.kv_empty[stage]);
+      if (group == 0) release(shared.kv_empty[stage]);  // for the scores warpgroup, which has no part in this
+      units = v.units;
       ring.advance();
+      num_tokens_left -= kChunk;
     };
-    take_v(v[0], state_factor, units, ring, pass.num_tokens);
-    for (int chunk = 0; chunk < num_chunks; chunk += 2) {
-      step(chunk, v[0], v[1]);
-      if (chunk + 1 < num_chunks) step(chunk + 1, v[1], v[0]);
+    LoadedV loaded;
+    take_v(loaded, ring, num_tokens_left);
+    DecayedV v[2];
+    decay_v(v[0], units, loaded);
+    while (true) {
+      step(v[0], v[1]);
+      if (num_tokens_left <= 0) break;
+      step(v[1], v[0]);
+      if (num_tokens_left <= 0) break;
     }
   }
 
-  // Begin o = ST qT and the next state.
-  __device__ __forceinline__ void begin(float (&o)[32], RowUnits& o_units, const Pass& pass, int chunk) {
-    constexpr int kSteps = kQkDim / 16;
-    int stage = ring.stage;
-    DecayedV v;
-    float range_factor[2], state_factor[2];
-    o_units = units;
-    int num_tokens_left = pass.num_tokens - chunk * kChunk;
-    if constexpr (!kInTurn) take_v(v, state_factor, units, ring, num_tokens_left);
-    mbarrier_wait(shared.qk_full[stage], qk_parities >> stage & 1);
-    qk_parities ^= 1u << stage;
-    put_in_range(range_factor, o_units, state);
-    if constexpr (kInTurn) {
-      constexpr int kStepsAtOnce = kHigh && kQkDim == 256 ? 4 : kSteps / 2;
+  // Begin o (+)= ST qT over a part of the columns, some of them at a time, since registers are scarce.
+  template <class Part, bool kIsFirst>
+  __device__ __forceinline__ void inter_block(float (&o)[32], const float (&range_factor)[2]) {
+    constexpr int kSteps = Part::kDim < 64 || kHigh ? 2 : 4;
 #pragma unroll
-      for (int first_step = 0; first_step < kSteps; first_step += kStepsAtOnce) {
-        inter_block(o, StateOperands<kStepsAtOnce>(state, first_step, range_factor), first_step, shared.q[stage]);
-        wgmma_wait<0>();
+    for (int first_step = 0; first_step < Part::kDim / 16; first_step += kSteps) {
+      StateOperands<kSteps> operands(&Part::of(state)[first_step * 8], range_factor);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kSteps; i++) {
+        int step = Part::kFirst / 16 + first_step + i;
+        uint64_t q_step = wgmma_descriptor(shared.q[q_ring.stage], step / 4 * kTileBytes + step % 4 * 32);
+        wgmma_64x64x16<kBfloat16>(o, operands.high[i], q_step, !kIsFirst || first_step + i > 0);
+        if constexpr (kHigh) wgmma_64x64x16<kBfloat16>(o, operands.low[i], q_step, 1);
       }
-      take_v(v, state_factor, units, ring, num_tokens_left);
-      scale_state(state, state_factor);
-    } else {
-      StateOperands<kSteps> operands(state, 0, range_factor);
-      scale_state(state, state_factor);
-      inter_block(o, operands, 0, shared.q[stage]);
+      wgmma_commit();
+      wgmma_wait<1>();
     }
-    ring.flip();
-    update_state(state, v, shared.k[stage]);
+  }
+
+  __device__ __forceinline__ void load_o_decay(float2 (&decay)[8]) const {
+#pragma unroll
+    for (int pair = 0; pair < 8; pair++) {
+      decay[pair] = *reinterpret_cast<const float2*>(&shared.o_decay[group][pair * 8 + lane % 4 * 2]);
+    }
   }
 
   // o = scale decay^(i+1) o + vT PT, begun.
-  __device__ __forceinline__ void add_intra_block(float (&o)[32], const RowUnits& o_units) {
+  __device__ __forceinline__ void add_intra_block(float (&o)[32], const RowUnits& o_units, const float2 (&decay)[8]) {
     int buffer = num_outputs % 2;
-    float2 factors[8];
-#pragma unroll
-    for (int pair = 0; pair < 8; pair++) {
-      factors[pair] = *reinterpret_cast<const float2*>(&shared.o_decay[group][pair * 8 + lane % 4 * 2]);
-    }
     mbarrier_wait(shared.p_full[buffer], num_outputs / 2 % 2);
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
       int token = pair * 8 + lane % 4 * 2;
-      float2 factor = factors[pair];
+      float2 factor = decay[pair];
       if constexpr (!kBfloat16) {
         float2 to_unit = *reinterpret_cast<const float2*>(&shared.p[buffer].to_unit[token]);
         factor.x *= to_unit.x;
@@ -555,8 +567,8 @@ struct Group {
     wgmma_commit();
   }
 
-  // Give back what the products of a chunk, now complete, have used, and store its outputs.
-  __device__ __forceinline__ void finish(float (&o)[32], int stage) {
+  // Store the outputs of a chunk, now complete.
+  __device__ __forceinline__ void finish(float (&o)[32]) {
     int buffer = num_outputs % 2;
     if constexpr (!kBfloat16) {
 #pragma unroll
@@ -569,7 +581,6 @@ struct Group {
       }
     }
     __syncwarp();
-    release(shared.empty[stage]);
     if (lane == 0) {
       if constexpr (kCluster == 1) {
         mbarrier_arrive(shared.p_empty[buffer]);
@@ -586,56 +597,77 @@ struct Group {
     if (lane == 0) mbarrier_arrive(shared.o_full[group][o_buffer]);
   }
 
-  __device__ __forceinline__ void compute_outputs(const Pass& pass) {
-    int num_chunks = pass.num_chunks();
-    if (num_chunks == 0) return;
-    RowUnits o_units;
-    if constexpr (kOverlap) {
-      // While products of a chunk are under way, outputs of the last are stored.
-      float o[2][32];
-      int chunk = 0;
-      auto step = [&](float (&o)[32], float (&next_o)[32]) {
-        int stage = ring.stage;
-        wgmma_wait<1>();
-        add_intra_block(o, o_units);
-        wgmma_wait<1>();
-        ring.advance();
-        begin(next_o, o_units, pass, chunk + 1);
-        wgmma_wait<2>();
-        chunk++;
-        finish(o, stage);
-      };
-      auto last_step = [&](float (&o)[32]) {
-        wgmma_wait<1>();
-        add_intra_block(o, o_units);
-        wgmma_wait<0>();
-        finish(o, ring.stage);
-        ring.advance();
-      };
-      begin(o[0], o_units, pass, 0);
-      while (true) {
-        if (chunk + 1 == num_chunks) {
-          last_step(o[0]);
-          break;
-        }
-        step(o[0], o[1]);
-        if (chunk + 1 == num_chunks) {
-          last_step(o[1]);
-          break;
-        }
-        step(o[1], o[0]);
-      }
-    } else {
-      for (int chunk = 0; chunk < num_chunks; chunk++) {
-        float o[32];
-        begin(o, o_units, pass, chunk);
-        wgmma_wait<1>();
-        add_intra_block(o, o_units);
-        wgmma_wait<0>();
-        finish(o, ring.stage);
-        ring.advance();
-      }
+  // Begin a chunk: o = ST qT of the back part, while products of the chunk before, if any, are under way.
+  __device__ __forceinline__ void begin(float (&o)[32], float (&range_factor)[2], RowUnits& o_units) {
+    if constexpr (!kTwoParts || !kBfloat16) wgmma_wait<0>();  // float16 needs to know the largest of all ST
+    o_units = units;
+    put_in_range(range_factor, o_units, state);
+    if constexpr (kTwoParts) inter_block<Back, true>(o, range_factor);
+  }
+
+  // The rest of it. In the order of the tensor cores, which are to have products to do all the time: ST qT of the front
+  // part; the back part of the next state; vT PT; the front part, during which outputs are stored and the next chunk
+  // begins. With kEarly, `loaded` and `o_decay` are there, and `loaded` becomes that of the next chunk.
+  __device__ __forceinline__ void complete(float (&o)[32], const float (&range_factor)[2], const RowUnits& o_units,
+                                           LoadedV& loaded, float2 (&o_decay)[8], int num_tokens_left) {
+    DecayedV v;
+    inter_block<Front, !kTwoParts>(o, range_factor);
+    if constexpr (!kEarly) {
+      take_v(loaded, ring, num_tokens_left);
+      load_o_decay(o_decay);
     }
+    if constexpr (kTwoParts) {
+      decay_v(v, units, loaded);
+      scale_state(Back::of(state), v.state_factor);
+      mbarrier_wait(shared.k_full[ring.stage], ring.parity());
+      update_state<Back>(state, v, shared.k[ring.stage]);
+    }
+    wgmma_wait<(kTwoParts ? 1 : 0)>();
+    release(shared.q_empty[q_ring.stage]);
+    add_intra_block(o, o_units, o_decay);
+    if constexpr (!kTwoParts) {
+      decay_v(v, units, loaded);
+      mbarrier_wait(shared.k_full[ring.stage], ring.parity());
+    }
+    scale_state(Front::of(state), v.state_factor);
+    update_state<Front>(state, v, shared.k[ring.stage]);
+    units = v.units;
+    if constexpr (kEarly) take_next_v(loaded, num_tokens_left);
+    wgmma_wait<(kOverlap ? 1 : 0)>();
+    finish(o);
+    q_ring.advance();
+    ring.advance();
+  }
+
+  // NOTE: two things that ptxas wants, or it gives up overlapping products: a loop that some of them go around in is
+  // entered with accumulators that products have made, here by adding zeros, and left when all of these are complete.
+  __device__ __forceinline__ void compute_outputs(const Pass& pass) {
+    int num_tokens_left = pass.num_tokens;
+    if (num_tokens_left == 0) return;
+    wgmma_fence();
+    wgmma_transposed<kBfloat16>(Front::of(state), {0, 0, 0, 0}, wgmma_descriptor_of_rows(shared.zeros));
+    wgmma_commit();
+    wgmma_wait<0>();
+    LoadedV v;
+    float2 o_decay[8];
+    if constexpr (kEarly) {
+      take_v(v, ring, num_tokens_left);
+      load_o_decay(o_decay);
+    }
+    int used_stage = -1;
+    while (true) {
+      // Behind the last chunk there is no q to wait for, and one product with whatever is there, for nothing.
+      if (num_tokens_left > 0) mbarrier_wait(shared.q_full[q_ring.stage], q_ring.parity());
+      float o[32], range_factor[2];
+      RowUnits o_units;
+      begin(o, range_factor, o_units);
+      if (used_stage >= 0) release(shared.kv_empty[used_stage]);
+      used_stage = ring.stage;
+      if (num_tokens_left <= 0) break;
+      complete(o, range_factor, o_units, v, o_decay, num_tokens_left);
+      num_tokens_left -= kChunk;
+    }
+    wgmma_wait<0>();
   }
 };
 
@@ -645,21 +677,26 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
   const int member = schedule.member;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
-    if (!kSplit || !pass.outputs) group.set_decay(slope_of(args, pass.head_idx));
-    if (kSplit && pass.outputs && member > 0) {
+    const bool is_pair = kSplit && args.team_size == 2, has_state = kSplit && pass.outputs && member > 0;
+    if (!pass.outputs || !kSplit) group.set_decay(slope_of(args, pass.head_idx));
+    if (has_state && !is_pair) {
       group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
-    } else {
-      bool exists = args.initial_state != nullptr && (!kSplit || member == 0);
+    } else if (!has_state) {
+      bool exists = args.initial_state != nullptr && (!kSplit || member == (is_pair && !pass.outputs ? 1 : 0));
       load_initial_state(group.state, args, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
       group.units = {};
     }
     if (pass.outputs) {
       group.compute_outputs(pass);
+      uint32_t same_idx = idx;
+      forget_origin(same_idx);  // or all of `pass` would be kept in registers
+      pass = schedule[same_idx];
       if (args.final_state != nullptr && (!kSplit || member == args.team_size - 1)) {
         store_final_state(group.state, group.units, args, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
+      if (is_pair) continue;
       float* states = states_of(schedule, idx / 2);
       if (member < args.team_size - 1) group.store_segment_state(states + member * kStateSize);
       // A graph that is launched again finds the flags that it left, with the same values. So they are cleared:
@@ -678,11 +715,19 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
   extern __shared__ unsigned char shared_bytes[];
   // Swizzled tiles start at multiples of 1024 bytes.
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + (-shared_address(shared_bytes) & 1023));
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 4) prefetch_tensor_map((&args.q)[threadIdx.x]);
+  if (threadIdx.x < 64) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = uint4{0, 0, 0, 0};
+  fence_proxy_async();
+  if (threadIdx.x == 32) {
+    constexpr int kUsers = 4 * (kGroups + 1) * kCluster;  // warps
+    for (int stage = 0; stage < kQStages; stage++) {
+      mbarrier_init(shared.q_full[stage], 1);
+      mbarrier_init(shared.q_empty[stage], kUsers);
+    }
     for (int stage = 0; stage < kStages; stage++) {
-      mbarrier_init(shared.qk_full[stage], 1);
+      mbarrier_init(shared.k_full[stage], 1);
       mbarrier_init(shared.v_full[stage], 1);
-      mbarrier_init(shared.empty[stage], 4 * (kGroups + 1) * kCluster);
+      mbarrier_init(shared.kv_empty[stage], kUsers);
     }
     for (int buffer = 0; buffer < kPBuffers; buffer++) {
       mbarrier_init(shared.p_full[buffer], kCluster == 1 ? 4 : 1);

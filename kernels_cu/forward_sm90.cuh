@@ -19,7 +19,7 @@ struct HopperArgs {
   int64_t slopes_stride;
   double scale, slope;         // slope of all heads where slopes is null
   int num_rows;                // batch times heads times blocks of v's columns
-  int seqlen, segment_length, team_size;
+  int seqlen, first_length, segment_length, team_size;  // lengths of the first member's segment, and of others
   int num_heads, qk_dim, v_dim, num_v_blocks, slopes_are_double;
 };
 

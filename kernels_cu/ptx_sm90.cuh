@@ -17,8 +17,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint64_t& barrier, uint32_t count = 1) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t& barrier, uint32_t num_bytes) {
@@ -143,8 +143,17 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&ma
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int offset_bytes) {
   constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4, kNextTile = 8192 >> 4;
   // In a cluster the upper bits of an address are the block's rank.
-  uint32_t address = (shared_address(tile) >> 4 & 0x3fff) | kNextTile << 16;
-  return uint64_t(kSwizzle128 | kEightRows) << 32 | (address + (offset_bytes >> 4));
+  uint32_t first = (shared_address(tile) >> 4 & 0x3fff) | kNextTile << 16;
+  asm("" : "+r"(first));  // 32 bits: what follows is not done in 64
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(first + (offset_bytes >> 4)), "r"(kSwizzle128 | kEightRows));
+  return descriptor;
+}
+
+// Of a tile that is the same 8 rows over and over.
+__device__ __forceinline__ uint64_t wgmma_descriptor_of_rows(const void* rows) {
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  return uint64_t(kSwizzle128) << 32 | (shared_address(rows) >> 4 & 0x3fff);
 }
 
 // PTX 9.7.15.7: before the first wgmma, and after registers of one have been touched otherwise.
@@ -174,23 +183,6 @@ __device__ __forceinline__ void wgmma_wait() {
   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),             \
   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),             \
   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define WGMMA_NAMES_2                                                                                                 \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,"          \
-  "%90,%91,%92,%93,%94,%95"
-#define WGMMA_OPERANDS_2                                                                                              \
-  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),             \
-  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),             \
-  "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),             \
-  "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
-#define WGMMA_NAMES_3                                                                                                 \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,"             \
-  "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define WGMMA_OPERANDS_3                                                                                              \
-  "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]),                       \
-  "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),                   \
-  "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]),                   \
-  "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),                   \
-  "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 template <bool kBfloat16, bool kTransA, bool kTransB>
 __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   if constexpr (kBfloat16) {
@@ -224,37 +216,31 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], const uint32_t (&
   }
 }
 
-// d += a b, b transposed, N from the size of d.
-#define WGMMA_TRANSPOSED(kSize, kN, kA, kB, ...)                                                                       \
-  template <bool kBfloat16>                                                                                            \
-  __device__ __forceinline__ void wgmma_transposed(float (&d)[kSize], const uint32_t (&a)[4], uint64_t b) {            \
-    if constexpr (kBfloat16) {                                                                                         \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.bf16.bf16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB   \
-                   ", 1, 1, 1, 1;"                                                                                     \
-                   : __VA_ARGS__                                                                                       \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
-    } else {                                                                                                           \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.f16.f16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB     \
-                   ", 1, 1, 1, 1;"                                                                                     \
-                   : __VA_ARGS__                                                                                       \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
-    }                                                                                                                  \
+// d += a b, or d -= a b; b transposed, N from the size of d.
+#define WGMMA_TRANSPOSED(kSize, kN, kA, kB, kSign, ...)                                                               \
+  template <bool kBfloat16, bool kSubtract = false>                                                                   \
+  __device__ __forceinline__ void wgmma_transposed(float (&d)[kSize], const uint32_t (&a)[4], uint64_t b) {           \
+    if constexpr (kBfloat16) {                                                                                        \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.bf16.bf16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB  \
+                   ", 1, " kSign ", 1, 1;"                                                                            \
+                   : __VA_ARGS__                                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSubtract ? -1 : 1));                    \
+    } else {                                                                                                          \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.f16.f16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB    \
+                   ", 1, " kSign ", 1, 1;"                                                                            \
+                   : __VA_ARGS__                                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSubtract ? -1 : 1));                    \
+    }                                                                                                                 \
   }
+#define WGMMA_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define WGMMA_OPERANDS_16                                                                                             \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                     \
+  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
 #define WGMMA_NAMES_32 WGMMA_NAMES_0
-#define WGMMA_NAMES_48                                                                                                 \
-  WGMMA_NAMES_0 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define WGMMA_OPERANDS_48                                                                                              \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),              \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
 #define WGMMA_NAMES_64 WGMMA_NAMES_0 "," WGMMA_NAMES_1
-#define WGMMA_NAMES_96 WGMMA_NAMES_64 "," WGMMA_NAMES_2
-#define WGMMA_NAMES_128 WGMMA_NAMES_96 "," WGMMA_NAMES_3
-WGMMA_TRANSPOSED(32, "64", "{%32, %33, %34, %35}", "%36", WGMMA_OPERANDS_0)
-WGMMA_TRANSPOSED(48, "96", "{%48, %49, %50, %51}", "%52", WGMMA_OPERANDS_0, WGMMA_OPERANDS_48)
-WGMMA_TRANSPOSED(64, "128", "{%64, %65, %66, %67}", "%68", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1)
-WGMMA_TRANSPOSED(96, "192", "{%96, %97, %98, %99}", "%100", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1, WGMMA_OPERANDS_2)
-WGMMA_TRANSPOSED(128, "256", "{%128, %129, %130, %131}", "%132", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1, WGMMA_OPERANDS_2,
-                 WGMMA_OPERANDS_3)
+WGMMA_TRANSPOSED(16, "32", "{%16, %17, %18, %19}", "%20", "%21", WGMMA_OPERANDS_16)
+WGMMA_TRANSPOSED(32, "64", "{%32, %33, %34, %35}", "%36", "%37", WGMMA_OPERANDS_0)
+WGMMA_TRANSPOSED(64, "128", "{%64, %65, %66, %67}", "%68", "%69", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1)
 
 // PTX 9.7.4: pairs of 16-bit numbers, rounded to nearest.
 template <bool kBfloat16>
@@ -278,15 +264,7 @@ __device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t x, uint32_t y, u
   }
   return sum;
 }
-template <bool kBfloat16>
-__device__ __forceinline__ uint32_t negate_pairs(uint32_t x) {
-  if constexpr (kBfloat16) {
-    asm("neg.bf16x2 %0, %0;" : "+r"(x));
-  } else {
-    asm("neg.f16x2 %0, %0;" : "+r"(x));
-  }
-  return x;
-}
+__device__ __forceinline__ uint32_t negate_pairs(uint32_t x) { return x ^ 0x80008000u; }
 __device__ __forceinline__ uint32_t largest_of_half_pairs(uint32_t x, uint32_t y) {
   uint32_t largest;
   asm("max.f16x2 %0, %1, %2;" : "=r"(largest) : "r"(x), "r"(y));

@@ -8,7 +8,7 @@
 #pragma once
 #include "forward_sm90.cuh"
 
-constexpr int kQkDim = QK_DIM, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
+constexpr int kQkDim = QK_DIM, kQStages = Q_STAGES, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
 constexpr bool kBfloat16 = BFLOAT16;
 constexpr int kChunk = 64, kQkBlocks = (kQkDim + 63) / 64;
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, fl
 
 // Decays that a warpgroup reads at each chunk; [1] is for the last, shorter chunk of a sequence.
 struct Decay {
-  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j) of pairs of tokens as high + low, relative to v_growth
+  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j) of pairs of tokens as high - low, relative to v_growth
   float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least 1
 };
 
@@ -54,6 +54,7 @@ __device__ __forceinline__ void fill(Decay& decay, int thread, double slope, int
   for (int i = 0; i < 2; i++) factor[i] = power(max(num_tokens - 1 - 2 * pair - i, 0)) / growth;
   uint2& packed = decay.v[which][pair];
   split(packed.x, packed.y, factor[0], factor[1]);
+  packed.y = negate_pairs(packed.y);
   if (pair == 0) {
     decay.state[which] = power(num_tokens);
     decay.v_growth[which] = growth;
@@ -62,83 +63,112 @@ __device__ __forceinline__ void fill(Decay& decay, int thread, double slope, int
 
 using State = float[kQkDim / 2];
 
+// Columns of q and k, and what a thread has of a state's. There are two parts: while products are added to one, the
+// other, complete, is read. First those behind kFrontDim, if any, then those in front: a part begins with a tile.
+template <int kFirstColumn, int kNumColumns>
+struct Part {
+  static constexpr int kFirst = kFirstColumn, kDim = kNumColumns, kFirstTile = kFirst / 64;
+  static_assert(kFirst % 64 == 0, "products start with a tile of k");
+
+  static __device__ __forceinline__ float (&of(State& state))[kDim / 2] {
+    return *reinterpret_cast<float (*)[kDim / 2]>(&state[kFirst / 2]);
+  }
+};
+constexpr bool kTwoParts = kQkDim > 64;
+constexpr int kFrontDim = (kQkDim + 127) / 128 * 64;
+using Front = Part<0, kFrontDim>;
+using Back = Part<kTwoParts ? kFrontDim : 0, kTwoParts ? kQkDim - kFrontDim : kFrontDim>;
+
 // What one in the two rows of a thread stands for; always 1 in bfloat16.
 struct RowUnits {
   float unit[2] = {1, 1};
 };
 
-// 16 tokens of this warp's 16 columns of v, transposed: a left operand.
-__device__ __forceinline__ void load_v(uint32_t (&v)[4], Tile& tile, int step) {
-  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  ldmatrix_x4_trans(v, swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-}
-
-// decay^(num_tokens-1-j) v of a chunk as high + low: left operands.
-struct DecayedV {
-  uint32_t high[4][4], low[4][4];
+// A chunk of this warp's 16 columns of v, transposed, 16 tokens at a time as left operands; and its decays.
+struct LoadedV {
+  uint32_t v[4][4];
+  uint2 decay[4][2];
+  float state_decay, growth;
 };
 
-// In units of its own; `state_factor` is what a state is to be multiplied by, for the chunk's decay and to have these
-// units. `which` is 1 for the last, shorter chunk of a sequence.
-__device__ __forceinline__ void decay_v(DecayedV& result, float (&state_factor)[2], RowUnits& units, Tile& v,
-                                        const Decay& decay, int which) {
-  int lane = threadIdx.x % 32;
+// `which` is 1 for the last, shorter chunk of a sequence.
+__device__ __forceinline__ void load_v(LoadedV& result, Tile& tile, const Decay& decay, int which) {
+  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int step = 0; step < 4; step++) load_v(result.high[step], v, step);
-  state_factor[0] = state_factor[1] = decay.state[which];
+  for (int step = 0; step < 4; step++) {
+    ldmatrix_x4_trans(result.v[step],
+                      swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+    for (int i = 0; i < 2; i++) result.decay[step][i] = decay.v[which][step * 8 + i * 4 + lane % 4];
+  }
+  result.state_decay = decay.state[which];
+  result.growth = decay.v_growth[which];
+}
+
+// decay^(num_tokens-1-j) v of a chunk as high - low, left operands; and what the state is to be multiplied by in front
+// of them, for the chunk's decay, and to have their units.
+struct DecayedV {
+  uint32_t high[4][4], low[4][4];
+  float state_factor[2];
+  RowUnits units;
+};
+
+// For a state that has other units.
+__device__ __forceinline__ void decay_v(DecayedV& result, const RowUnits& units, const LoadedV& loaded) {
+  result.state_factor[0] = result.state_factor[1] = loaded.state_decay;
+  result.units = units;
+  uint32_t up_factor[2];
   if constexpr (!kBfloat16) {
     // Rows of v are brought near 2^14, as far as a float16 factor goes: decayed, their low part has less to lose.
-    uint32_t factor[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       uint32_t largest = 0;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        largest = largest_of_half_pairs(largest, result.high[i / 2][i % 2 * 2 + half] & 0x7fff7fff);
+        largest = largest_of_half_pairs(largest, loaded.v[i / 2][i % 2 * 2 + half] & 0x7fff7fff);
       }
       float2 pair = unpack<false>(largest);
       int exponent = __float_as_uint(row_max(fmaxf(pair.x, pair.y))) >> 23;
       int up = min(max(141 - exponent, -14), 15);
-      factor[half] = (up + 15) * 0x04000400;
-      float unit = decay.v_growth[which] * __uint_as_float((127 - up) << 23);
-      state_factor[half] *= units.unit[half] / unit;
-      units.unit[half] = unit;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      result.high[i / 4][i % 4] = multiply_pairs<false>(result.high[i / 4][i % 4], factor[i % 2]);
+      up_factor[half] = (up + 15) * 0x04000400;
+      float unit = loaded.growth * __uint_as_float((127 - up) << 23);
+      result.state_factor[half] *= units.unit[half] / unit;
+      result.units.unit[half] = unit;
     }
   }
 #pragma unroll
   for (int step = 0; step < 4; step++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      uint2 factor = decay.v[which][step * 8 + i / 2 * 4 + lane % 4];
-      uint32_t v = result.high[step][i], high = multiply_pairs<kBfloat16>(v, factor.x);
-      // What rounding left of the product is exact; then that of the decay.
-      uint32_t low = multiply_add_pairs<kBfloat16>(v, factor.x, negate_pairs<kBfloat16>(high));
+      uint2 factor = loaded.decay[step][i / 2];
+      uint32_t v = loaded.v[step][i];
+      if constexpr (!kBfloat16) v = multiply_pairs<false>(v, up_factor[i % 2]);
+      uint32_t high = multiply_pairs<kBfloat16>(v, factor.x);
+      // What rounding added to the product is exact; then what it added to the decay.
+      uint32_t low = multiply_add_pairs<kBfloat16>(v, negate_pairs(factor.x), high);
       result.high[step][i] = high;
       result.low[step][i] = multiply_add_pairs<kBfloat16>(v, factor.y, low);
     }
   }
 }
 
-__device__ __forceinline__ void scale_state(State& state, const float (&factor)[2]) {
+template <int kNum>
+__device__ __forceinline__ void scale_state(float (&state)[kNum], const float (&factor)[2]) {
 #pragma unroll
-  for (int i = 0; i < kQkDim / 2; i++) {
+  for (int i = 0; i < kNum; i++) {
     state[i] *= factor[i / 2 % 2];
     forget_origin(state[i]);  // now: behind the next product ptxas would wait for it first
   }
 }
 
-// state += decayed vT k
+// Begin state += decayed vT k, a part.
+template <class Part>
 __device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    uint64_t k_step = wgmma_descriptor(k, step * 2048);
-    wgmma_transposed<kBfloat16>(state, v.high[step], k_step);
-    wgmma_transposed<kBfloat16>(state, v.low[step], k_step);
+    uint64_t k_step = wgmma_descriptor(k, Part::kFirstTile * kTileBytes + step * 2048);
+    wgmma_transposed<kBfloat16>(Part::of(state), v.high[step], k_step);
+    wgmma_transposed<kBfloat16, true>(Part::of(state), v.low[step], k_step);
   }
   wgmma_commit();
 }

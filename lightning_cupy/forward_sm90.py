@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,8 @@ class HopperPlan:
     cluster: int  # blocks of a head, that share what they load
     split: bool  # whether teams of blocks share a row's sequence
     high: bool  # operands as sums of two numbers
-    stages: int  # chunks in shared memory
+    q_stages: int  # chunks of q in shared memory
+    stages: int  # chunks of k and v
     output_buffers: int
     smem_bytes: int
 
@@ -52,6 +53,7 @@ class HopperPlan:
             ("QK_DIM", self.qk_dim),
             ("V_GROUPS", self.v_groups),
             ("CLUSTER", self.cluster),
+            ("Q_STAGES", self.q_stages),
             ("STAGES", self.stages),
             ("OUTPUT_BUFFERS", self.output_buffers),
             ("BFLOAT16", int(self.dtype == "bfloat16")),
@@ -62,11 +64,12 @@ class HopperPlan:
         )
 
 
-def _smem_bytes(qk_dim: int, v_groups: int, high: bool, stages: int, output_buffers: int) -> int:
+def _smem_bytes(qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: int, output_buffers: int) -> int:
     """Bytes of `Shared`, in its order, and what aligning it to 1024 bytes may take."""
-    tiles = stages * (2 * -(-qk_dim // 64) + v_groups) + v_groups * output_buffers + 2 * (1 + high)
-    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
-    barriers = 8 * (3 * stages + 4 + 2 * v_groups * output_buffers)
+    blocks = -(-qk_dim // 64)
+    tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
+    tables = 3 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
+    barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers)
     shared = -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
     return shared + 1024
 
@@ -75,12 +78,17 @@ def _smem_bytes(qk_dim: int, v_groups: int, high: bool, stages: int, output_buff
 def plan_for(
     dtype: Dtype, head_dim: int, v_groups: int, *, cluster: int = 1, split: bool = False, high: bool = False
 ) -> HopperPlan:
-    """Return the tiling for a head_dim of q and k: as many stages as fit, up to six, with two output buffers."""
+    """Return the tiling for a head_dim of q and k: as many stages as fit, up to six of q, with two output buffers.
+
+    k and v may have one more: q is done with first.
+    """
     qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
-    for stages, output_buffers in ((6, 2), (5, 2), (4, 2), (3, 2), (2, 2), (2, 1)):
-        smem_bytes = _smem_bytes(qk_dim, v_groups, high, stages, output_buffers)
+    for q_stages, output_buffers, more in itertools.product((6, 5, 4, 3, 2), (2, 1), (1, 0)):
+        stages = q_stages + more
+        smem_bytes = _smem_bytes(qk_dim, v_groups, high, q_stages, stages, output_buffers)
         if smem_bytes <= _MAX_SMEM_BYTES:
-            return HopperPlan(dtype, qk_dim, v_groups, cluster, split, high, stages, output_buffers, smem_bytes)
+            tiling = (q_stages, stages, output_buffers, smem_bytes)
+            return HopperPlan(dtype, qk_dim, v_groups, cluster, split, high, *tiling)
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
@@ -136,20 +144,42 @@ def float_plan_for(head_dim: int, v_groups: int) -> HopperFloatPlan:
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
-# Microseconds of an H200, fitted to measured calls: only their ratios count.
+class Tiling(NamedTuple):
+    """Over how many blocks the work of a call is spread."""
+
+    v_groups: int  # a row is 64 times as many columns of v of one head
+    cluster: int = 1  # blocks of a head, or of a segment of one, that share what they load
+    team_size: int = 1  # blocks that share the sequence of a row; 1 if it is not cut
+    first_chunks: int = 0  # in the segment of the first of them, which makes no state
+    chunks: int = 0  # in those of the others; the last may have fewer
+
+
+# Microseconds of an H100, fitted to measured calls: only their ratios count.
 # What a chunk takes a block that has all of the memory's rate, for its outputs and for its state alone, by qk_dim
-# and v_groups; how many bytes come from memory meanwhile; and what a team's meetings take.
-_OUTPUTS_US = {(64, 1): 0.75, (64, 2): 1.2, (96, 1): 0.9, (96, 2): 1.55, (128, 1): 1.0, (128, 2): 1.75}
-_OUTPUTS_US |= {(192, 1): 1.35, (256, 1): 1.75}
-_STATES_US = {(64, 1): 0.5, (64, 2): 0.7, (96, 1): 0.55, (96, 2): 0.85, (128, 1): 0.6, (128, 2): 0.95}
-_STATES_US |= {(192, 1): 1.0, (256, 1): 1.3}
+# and v_groups; and how many bytes come from memory meanwhile.
+_OUTPUTS_US = {(64, 1): 0.74, (64, 2): 1.2, (96, 1): 0.87, (96, 2): 1.55, (128, 1): 0.95, (128, 2): 1.75}
+_OUTPUTS_US |= {(192, 1): 1.2, (256, 1): 1.48}
+_STATES_US = {(64, 1): 0.45, (64, 2): 0.7, (96, 1): 0.58, (96, 2): 0.85, (128, 1): 0.66, (128, 2): 0.95}
+_STATES_US |= {(192, 1): 0.85, (256, 1): 1.1}
 _BYTES_A_US = 4.3e6
-_MEETINGS_US = 10.5
+_PAIR_US = 1.5  # what it takes a team of two beside its chunks
+_MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.08  # a larger one, for each member, and each KiB of a block's state
 _SMS_OF_A_GPC = 16  # which a cluster does not leave
 
 
+def cut(num_chunks: int, wanted_size: int, chunks: int) -> tuple[int, int, int]:
+    """Cut a sequence for a team of the wanted size, or a smaller one: its size, first_chunks, and chunks."""
+    team_size = min(wanted_size, 1 + (num_chunks - 1) // chunks)
+    return team_size, num_chunks - (team_size - 1) * chunks, chunks
+
+
+def num_clusters(cluster: int, num_sms: int) -> int:
+    """Return how many clusters of so many blocks the GPU holds at a time, at least."""
+    return num_sms if cluster == 1 else num_sms // _SMS_OF_A_GPC * (_SMS_OF_A_GPC // cluster)
+
+
 @functools.lru_cache(maxsize=1024)
-def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: int) -> tuple[int, int]:
+def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: int) -> Tiling:
     """Return over how many blocks to spread the work.
 
     Parameters
@@ -161,13 +191,6 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     num_sms
         Blocks that the GPU holds at a time.
 
-    Returns
-    -------
-    v_groups
-        A row is 64 times as many columns of v of one head.
-    team_size
-        Blocks that share the sequence of a row; 1 if it is not cut.
-
     Notes
     -----
     The least time of a simple model. The rule sees sizes only, so the same call on the same kind of GPU always gives
@@ -175,41 +198,53 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     """
     qk_dim = next(padded for padded in _QK_DIMS if qk_dim <= padded)
     num_chunks = -(-seqlen // _CHUNK)
-    best, best_us = (1, 1), float("inf")
+    best, best_us = Tiling(1), float("inf")
     for v_groups in (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,):
         num_v_blocks = -(-v_dim // (64 * v_groups))
-        num_rows = num_heads * num_v_blocks
-        # Blocks of one head read q and k from memory once, and from L2 again.
-        key_bytes, value_bytes = _CHUNK * 2 * qk_dim / num_v_blocks, _CHUNK * 2 * 64 * v_groups
+        # Blocks of one group that share a head are a cluster, if all are there at once.
+        cluster = num_v_blocks if v_groups == 1 else 1
+        num_slots = num_clusters(cluster, num_sms)
+        # Blocks of one head read q and k from memory once.
+        num_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64 * v_groups)
 
         def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
             return max(least, num_bytes * num_blocks / _BYTES_A_US)
 
-        waves, rest = divmod(num_rows, num_sms)
-        outputs, outputs_bytes = _OUTPUTS_US[qk_dim, v_groups], 2 * (key_bytes + value_bytes)
+        outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
+        waves, rest = divmod(num_heads * num_v_blocks, num_sms)
         us = num_chunks * sum(
-            count * chunk_us(outputs, outputs_bytes, blocks)
+            count * chunk_us(outputs, 2 * num_bytes, blocks)
             for count, blocks in ((waves, num_sms), (int(rest > 0), rest))
         )
         if us < best_us:
-            best, best_us = (v_groups, 1), us
-        states, states_bytes = _STATES_US[qk_dim, v_groups], key_bytes + value_bytes
-        for wanted_size in range(2, min(num_sms, num_chunks) + 1):
-            segment = -(-num_chunks // wanted_size)
-            team_size = -(-num_chunks // segment)
-            num_teams = min(num_sms // wanted_size, num_rows)
-            blocks = num_teams * team_size
-            a_chunk = chunk_us(outputs, outputs_bytes, blocks) + chunk_us(states, states_bytes, blocks)
-            us = -(-num_rows // num_teams) * (segment * a_chunk + _MEETINGS_US)
-            if us < best_us:
-                best, best_us = (v_groups, team_size), us
+            best, best_us = Tiling(v_groups, cluster if num_heads <= num_slots else 1), us
+        if v_groups == 2 and num_v_blocks > 1:
+            num_slots = num_sms // num_v_blocks
+        for wanted_size in range(2, min(num_slots, num_chunks) + 1):
+            num_teams = min(num_slots // wanted_size, num_heads)
+            num_blocks = num_teams * wanted_size * num_v_blocks
+            outputs_us = chunk_us(outputs, 2 * num_bytes, num_blocks)
+            states_us = chunk_us(states, num_bytes, num_blocks)
+            for chunks in _segments(num_chunks, wanted_size, states_us / outputs_us):
+                team_size, first_chunks, chunks = cut(num_chunks, wanted_size, chunks)
+                if wanted_size == 2:
+                    us = _PAIR_US + max(first_chunks * outputs_us, first_chunks * states_us + chunks * outputs_us)
+                else:
+                    us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
+                    us += chunks * (outputs_us + states_us)
+                us *= -(-num_heads // num_teams)
+                if us < best_us:
+                    best, best_us = Tiling(v_groups, cluster, team_size, first_chunks, chunks), us
     return best
 
 
-def cluster_for(num_heads: int, num_v_blocks: int, num_sms: int) -> int:
-    """Return how many blocks are a cluster: those of a head, where the GPU holds all of them at once, or 1."""
-    num_clusters = num_sms // _SMS_OF_A_GPC * (_SMS_OF_A_GPC // num_v_blocks)
-    return num_v_blocks if num_heads <= num_clusters else 1
+def _segments(num_chunks: int, team_size: int, states: float) -> list[int]:
+    """Return numbers of chunks that all but the first might have, `states` what a state takes beside outputs."""
+    if team_size > 2:
+        return [-(-num_chunks // team_size)]
+    # The second makes the state of the first's segment, and both are to end at the same time.
+    even = int(num_chunks * (1 - states) / (2 - states))
+    return [chunks for chunks in (even, even + 1) if 0 < chunks < num_chunks]
 
 
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
@@ -220,7 +255,7 @@ _ARGS = np.dtype(
         ("initial_strides", np.int64, 4),
         ("slopes_stride", np.int64),
         *((name, np.float64) for name in ("scale", "slope")),
-        *((name, np.int32) for name in ("num_rows", "seqlen", "segment_length", "team_size")),
+        *((name, np.int32) for name in ("num_rows", "seqlen", "first_length", "segment_length", "team_size")),
         *((name, np.int32) for name in ("num_heads", "qk_dim", "v_dim", "num_v_blocks", "slopes_are_double")),
     ]
 )
@@ -262,22 +297,24 @@ def steps(problem: Problem) -> Steps:
     if problem.dtype == "float32":
         # Blocks of one group read q and k of a head from L2 again, but there are enough of them for more SMs.
         is_wide = problem.v_dim > 64 and num_heads * -(-problem.v_dim // 64) > problem.num_sms
-        v_groups, team_size = 2 if is_wide and problem.qk_dim <= 128 else 1, 1
-        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups)
+        tiling = Tiling(2 if is_wide and problem.qk_dim <= 128 else 1)
+        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, tiling.v_groups)
     else:
-        v_groups, team_size = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
-        cluster = 1
-        if v_groups == team_size == 1:
-            cluster = cluster_for(num_heads, -(-problem.v_dim // 64), problem.num_sms)
+        tiling = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
         plan = plan_for(
-            problem.dtype, problem.qk_dim, v_groups, cluster=cluster, split=team_size > 1, high=problem.high
+            problem.dtype,
+            problem.qk_dim,
+            tiling.v_groups,
+            cluster=tiling.cluster,
+            split=tiling.team_size > 1,
+            high=problem.high,
         )
-    is_split = team_size > 1
+    v_groups, cluster, team_size = tiling[:3]
     num_v_blocks = -(-problem.v_dim // (64 * v_groups))
     num_rows = num_heads * num_v_blocks
-    num_teams = min(problem.num_sms // team_size, num_rows) if is_split else num_rows
-    num_chunks = -(-problem.seqlen // _CHUNK)
-    segment_length = -(-num_chunks // team_size) * _CHUNK
+    num_teams = num_rows
+    if team_size > 1:
+        num_teams = min(num_clusters(cluster, problem.num_sms) // team_size * cluster, num_rows)
 
     pointers: dict[str, str] = {}
     buffers = []
@@ -289,7 +326,7 @@ def steps(problem: Problem) -> Steps:
         pointers["final_state"] = "final_state"
     if problem.initial_strides is not None:
         pointers["initial_state"], args["initial_strides"] = "initial_state", problem.initial_strides
-    if is_split:
+    if team_size > 2:
         # Two of each state, which rows of a team take in turn, and two flags for each group, of 8 bytes.
         num_floats = num_teams * 2 * ((team_size - 1) * plan.qk_dim * 64 * v_groups + team_size * v_groups * 2)
         buffers.append(Buffer("workspace", (num_floats,), "float32"))
@@ -300,7 +337,8 @@ def steps(problem: Problem) -> Steps:
     else:
         args["slope"] = problem.slope
     args["scale"], args["num_rows"], args["seqlen"] = problem.scale, num_rows, problem.seqlen
-    args["segment_length"], args["team_size"] = segment_length, team_size
+    args["first_length"], args["segment_length"] = tiling.first_chunks * _CHUNK, tiling.chunks * _CHUNK
+    args["team_size"] = team_size
     args["num_heads"], args["qk_dim"], args["v_dim"] = problem.num_heads, problem.qk_dim, problem.v_dim
     args["num_v_blocks"] = num_v_blocks
     assert _ARGS.fields is not None
@@ -316,6 +354,6 @@ def steps(problem: Problem) -> Steps:
         block=(plan.num_threads, 1, 1),
         smem_bytes=plan.smem_bytes,
         arguments=Arguments(args.tobytes().ljust(_ARGS_BYTES, b"\0"), slots),
-        cooperative=is_split,
+        cooperative=team_size > 2,
     )
     return Steps((launch,), tuple(buffers))

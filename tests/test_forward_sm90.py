@@ -85,36 +85,48 @@ def chunks(num_tokens):
 @pytest.mark.parametrize(
     ("shape", "tiling"),
     [
-        ((4, 32, 2048, 128), (2, 1)),
-        ((8, 16, 8192, 64), (1, 1)),
-        *(((1, 64, seqlen, 128), (1, 1)) for seqlen in (4096, 16_384, 65_536)),
-        ((1, 8, 32_768, 128), (2, 16)),
-        ((33, 4, 4096, 128), (2, 1)),
+        ((4, 32, 2048, 128), (2, 1, 1)),
+        ((8, 16, 8192, 64), (1, 1, 1)),
+        *(((1, 64, seqlen, 128), (1, 2, 1)) for seqlen in (4096, 16_384, 65_536)),
+        ((1, 8, 32_768, 128), (2, 1, 16)),
+        ((1, 1, 131_072, 128), (1, 2, 64)),
+        *(((2, 12, 2048, head_dim), (1, 2, 2)) for head_dim in (96, 128)),
+        ((2, 12, 2048, 192), (1, 3, 1)),
+        ((2, 12, 2048, 256), (1, 4, 1)),
+        ((33, 4, 4096, 128), (2, 1, 1)),
     ],
 )
 def test_tiling_for(shape, tiling):
     batch, num_heads, seqlen, head_dim = shape
-    assert forward_sm90.tiling_for(batch * num_heads, seqlen, head_dim, head_dim, NUM_SMS) == tiling
+    found = forward_sm90.tiling_for(batch * num_heads, seqlen, head_dim, head_dim, NUM_SMS)
+    assert (found.v_groups, found.cluster, found.team_size) == tiling
 
 
 def test_one_long_head_has_most_of_the_gpu():
-    _, team_size = forward_sm90.tiling_for(1, 131_072, 128, 128, NUM_SMS)
-    assert 100 < team_size <= NUM_SMS
+    tiling = forward_sm90.tiling_for(1, 131_072, 128, 128, NUM_SMS)
+    assert 100 < tiling.cluster * tiling.team_size <= NUM_SMS
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 16, 71])
+@pytest.mark.parametrize("wanted_size", [2, 3, 16, 100])
+@pytest.mark.parametrize("chunks", [1, 2, 7, 100])
+def test_cut_leaves_nobody_without_chunks(num_chunks, wanted_size, chunks):
+    team_size, first, others = forward_sm90.cut(num_chunks, wanted_size, chunks)
+    assert team_size <= wanted_size
+    assert first > 0
+    assert first + (team_size - 1) * others == num_chunks
+    assert others == chunks
 
 
 @pytest.mark.parametrize(
     ("num_heads", "v_dim", "cluster"),
     [(64, 128, 2), (65, 128, 1), (1, 72, 2), (40, 192, 3), (41, 192, 1), (32, 256, 4), (33, 200, 1), (100, 64, 1)],
 )
-def test_blocks_of_a_head_are_a_cluster_where_all_are_there_at_once(play, monkeypatch, num_heads, v_dim, cluster):
+def test_blocks_of_a_head_are_a_cluster_where_all_are_there_at_once(play, num_heads, v_dim, cluster):
     play(Driver())
-    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (1, 1))
-    launch, args = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 64, v_dim)))
+    launch, args = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 256, v_dim)))
     assert dict(launch.constants)["CLUSTER"] == cluster
     assert launch.grid[0] == num_heads * -(-v_dim // 64) == args["num_rows"]
-    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (2, 1))
-    launch, _ = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 64, v_dim)))
-    assert dict(launch.constants)["CLUSTER"] == 1
 
 
 @pytest.mark.parametrize("num_sms", [132, 114, 78, 1])
@@ -124,16 +136,19 @@ def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
     for num_heads, seqlen in itertools.product((1, 2, 3, 16, 67, 131, 500), (1, 63, 64, 65, 129, 1000, 20_000, 2**20)):
         steps = forward_sm90.steps(problem_of(1, num_heads, seqlen, qk_dim, v_dim, num_sms=num_sms))
         launch, args = only_launch(steps)
-        team_size, segment = int(args["team_size"]), int(args["segment_length"])
-        assert 1 <= team_size <= chunks(seqlen)
-        assert segment % 64 == 0
-        assert (team_size - 1) * segment < seqlen <= team_size * segment, "a member without tokens, or tokens left"
-        assert launch.cooperative == (team_size > 1) == bool(steps.buffers)
-        assert launch.grid[0] % team_size == 0
-        # Blocks that wait for each other are all there at once, and two states of each are all that they need.
-        limit = num_sms if launch.cooperative else int(args["num_rows"])
-        assert launch.grid[0] <= limit
         constants = dict(launch.constants)
+        team_size, first, others = (int(args[name]) for name in ("team_size", "first_length", "segment_length"))
+        assert 1 <= team_size <= chunks(seqlen)
+        if team_size > 1:
+            assert first % 64 == others % 64 == 0 < first
+            last = seqlen - first - (team_size - 2) * others
+            assert 0 < last <= others, "a member without tokens, or tokens left"
+        assert constants["SPLIT"] == (team_size > 1)
+        assert launch.cooperative == (team_size > 2) == bool(steps.buffers)
+        assert launch.grid[0] % (team_size * constants["CLUSTER"]) == 0
+        # Blocks that wait for each other are all there at once, and two states of each are all that they need.
+        limit = num_sms if team_size > 1 else int(args["num_rows"])
+        assert launch.grid[0] <= limit
         of_a_block = 2 * (constants["QK_DIM"] * 64 + 2) * constants["V_GROUPS"]
         assert sum(np.prod(buffer.shape) for buffer in steps.buffers) <= num_sms * of_a_block
 
@@ -293,19 +308,21 @@ def test_steps_of_a_whole_sequence(play):
         # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _SWIZZLE_128B, and zeros outside.
         flags = {"dtype": 6, "interleave": 0, "swizzle": 3, "promotion": 3, "fill": 0}
         assert {flag: int(described[flag]) for flag in flags} == flags
-    sizes = {"num_rows": 128, "seqlen": 2000, "team_size": 1, "segment_length": 2048, "num_heads": 32}
+    sizes = {"num_rows": 128, "seqlen": 2000, "team_size": 1, "num_heads": 32}
     sizes |= {"qk_dim": 128, "v_dim": 128, "num_v_blocks": 1, "scale": 0.25, "slope": 0.5}
     assert {name: args[name] for name in sizes} == sizes
 
 
+@pytest.mark.parametrize("cluster", [1, 3])
 @pytest.mark.parametrize("slopes_dtype", ["float32", "float64"])
-def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype):
+def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype, cluster):
     play(Driver())
-    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: (1, 20))
+    tiling = forward_sm90.Tiling(1, cluster, *forward_sm90.cut(79, 20, 4))
+    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: tiling)
     extras = {"slopes": (slopes_dtype, 3), "initial_strides": (7, 5, 3, 1), "return_state": True, "high": True}
     steps = forward_sm90.steps(problem_of(2, 3, 5000, 192, 136, **extras))
     launch, args = only_launch(steps)
-    plan = forward_sm90.plan_for("bfloat16", 192, 1, split=True, high=True)
+    plan = forward_sm90.plan_for("bfloat16", 192, 1, cluster=cluster, split=True, high=True)
     assert launch.constants == plan.constants
     # 6 teams of 20 of 132 blocks, for 18 rows.
     assert (launch.grid, launch.block) == ((120, 1, 1), (384, 1, 1))
@@ -314,12 +331,26 @@ def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype):
     assert steps.buffers == (_launch.Buffer("workspace", (6 * 2 * (19 * 192 * 64 + 20 * 2),), "float32"),)
     check_pointers(launch, [*"qkvo", "final_state", "initial_state", "workspace", "first_flag", "slopes"])
     assert tuple(args["initial_strides"]) == (7, 5, 3, 1)
-    sizes = {"num_rows": 18, "team_size": 20, "segment_length": 256, "num_v_blocks": 3, "slopes_stride": 3}
+    sizes = {"num_rows": 18, "team_size": 20, "first_length": 192, "segment_length": 256, "num_v_blocks": 3}
+    sizes |= {"slopes_stride": 3}
     assert {name: args[name] for name in sizes} == sizes
     assert bool(args["slopes_are_double"]) == (slopes_dtype == "float64")
     assert tuple(tensor_map(args, "q")["sizes"]) == (192, 5000, 3, 2)
     assert tuple(tensor_map(args, "v")["sizes"]) == (136, 5000, 3, 2)
     assert tensor_map(args, "v")["dtype"] == 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+
+
+def test_steps_of_a_pair(play, monkeypatch):
+    play(Driver())
+    monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: forward_sm90.Tiling(1, 2, 2, 50, 29))
+    steps = forward_sm90.steps(problem_of(2, 3, 5000, 96))
+    launch, args = only_launch(steps)
+    assert launch.constants == forward_sm90.plan_for("bfloat16", 96, 1, cluster=2, split=True).constants
+    assert launch.grid == (2 * 3 * 2 * 2, 1, 1)
+    assert not launch.cooperative, "the second needs nothing of the first"
+    assert steps.buffers == ()
+    check_pointers(launch, "qkvo")
+    assert (args["first_length"], args["segment_length"], args["team_size"]) == (3200, 1856, 2)
 
 
 @pytest.mark.parametrize(("num_heads", "v_dim", "v_groups"), [(132, 64, 1), (66, 128, 1), (67, 128, 2), (300, 72, 2)])

@@ -392,8 +392,12 @@ def hopper(monkeypatch):
         def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms):
             # As many blocks as wanted, but none without tokens.
             num_chunks = -(-seqlen // 64)
-            segment = -(-num_chunks // min(wanted_size, num_chunks))
-            return v_groups, -(-num_chunks // segment)
+            size = -(-v_dim // 64) if cluster and v_groups == 1 else 1
+            if wanted_size == 1 and num_heads > forward_sm90.num_clusters(size, num_sms):
+                size = 1
+            count = min(wanted_size, num_chunks)
+            chunks = max(1, num_chunks // 3) if count == 2 else -(-num_chunks // count)
+            return forward_sm90.Tiling(v_groups, size, *forward_sm90.cut(num_chunks, count, chunks))
 
         def watch(problem):
             steps = steps_for(problem)
@@ -402,8 +406,6 @@ def hopper(monkeypatch):
 
         if v_groups is not None:
             monkeypatch.setattr(forward_sm90, "tiling_for", tiling)
-        if not cluster:
-            monkeypatch.setattr(forward_sm90, "cluster_for", lambda *_: 1)
         monkeypatch.setattr(forward, "steps_for", watch)
         monkeypatch.setattr(_calls, "_calls", {})
         return launches
@@ -426,9 +428,17 @@ def poisoned():
         yield
 
 
+# V_GROUPS, blocks of a team, and whether those of a head, or of a segment of one, are a cluster.
+TILINGS = [
+    *((1, 1), (1, 2), (1, 3), (1, 16)),
+    *((1, 1, False), (1, 2, False), (1, 7, False), (1, 64, False)),
+    *((2, 1), (2, 2), (2, 3), (2, 7), (2, 64)),
+]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("seqlen", [*LENGTHS, 4500])
-@pytest.mark.parametrize("tiling", [(1, 1), (1, 1, False), (2, 1), (1, 2), (2, 3), (2, 7), (1, 16), (2, 64)], ids=str)
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
 def test_hopper_tilings(rng, hopper, poisoned, dtype, seqlen, tiling):
     launches = hopper(*tiling)
     q, k = (normal(rng, (2, seqlen, 3, 72), dtype) for _ in range(2))
@@ -443,7 +453,10 @@ def test_hopper_tilings(rng, hopper, poisoned, dtype, seqlen, tiling):
     assert (lightning_attention(*arrays).view("u2") == with_state.view("u2")).all()
     assert {launch.file for launch in launches} == {"forward_sm90.cu"}
     assert {dict(launch.constants)["V_GROUPS"] for launch in launches} == {tiling[0]}
-    assert {launch.cooperative for launch in launches} == {min(tiling[1], -(-seqlen // 64)) > 1}
+    assert {launch.cooperative for launch in launches} == {min(tiling[1], -(-seqlen // 64)) > 2}
+    assert {dict(launch.constants)["SPLIT"] for launch in launches} == {min(tiling[1], -(-seqlen // 64)) > 1}
+    cluster = 2 if tiling[0] == 1 and tiling[2:] == () else 1
+    assert {dict(launch.constants)["CLUSTER"] for launch in launches} == {cluster}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -465,8 +478,9 @@ def test_hopper_clusters(rng, hopper, poisoned, dtype, seqlen, num_heads, head_d
 
 @pytest.mark.parametrize("slope", [0.02, 0.3, 8.0, 1e300])
 @pytest.mark.parametrize("initial", [False, True])
-def test_hopper_teams_forget_only_what_has_decayed(rng, hopper, poisoned, slope, initial):
-    hopper(2, 8)
+@pytest.mark.parametrize("tiling", [(2, 8), (1, 8), (1, 2)])
+def test_hopper_teams_forget_only_what_has_decayed(rng, hopper, poisoned, slope, initial, tiling):
+    hopper(*tiling)
     q, k, v = (normal(rng, (8 * 512, 2, 128), "bfloat16") for _ in range(3))
     # A thousand times as much where segments end, and far in front of that.
     for first in (0, 200, 480):
@@ -476,24 +490,30 @@ def test_hopper_teams_forget_only_what_has_decayed(rng, hopper, poisoned, slope,
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("team_size", [2, 3])
 @pytest.mark.parametrize(
     ("head_dim", "v_dim", "v_groups"),
-    [(64, 64, 1), (64, 128, 2), (96, 96, 2), (128, 64, 1), (128, 128, 2), (192, 64, 1), (256, 64, 1)],
+    [
+        *((64, 64, 1), (96, 64, 1), (128, 64, 1), (192, 64, 1), (256, 64, 1)),
+        *((64, 128, 1), (96, 96, 1), (128, 128, 1), (192, 192, 1), (256, 256, 1)),
+        *((64, 128, 2), (96, 96, 2), (128, 128, 2)),
+    ],
 )
-def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, v_dim, v_groups):
-    launches = hopper(v_groups, 3)
+def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, v_dim, v_groups, team_size):
+    launches = hopper(v_groups, team_size)
     num_heads = 300
     q, k = (normal(rng, (400, num_heads, head_dim), dtype) for _ in range(2))
     v = normal(rng, (400, num_heads, v_dim), dtype)
     state = rng.standard_normal((num_heads, head_dim, v_dim)).astype(np.float32)
     check(q, k, v, dtype, slopes=rng.uniform(0, 0.1, num_heads), initial_state=state)
     (launch,) = launches
-    assert launch.grid[0] // 3 * 4 <= num_heads, "a team has fewer than four rows"
+    num_rows = num_heads * -(-v_dim // (64 * v_groups))
+    assert launch.grid[0] // team_size * 4 <= num_rows, "a team has fewer than four rows"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize("team_size", [1, 4])
+@pytest.mark.parametrize("team_size", [1, 2, 4])
 @pytest.mark.parametrize(("head_dim", "v_groups"), [(64, 1), (96, 1), (96, 2), (128, 1), (128, 2), (192, 1), (256, 1)])
 def test_hopper_high_precision(rng, hopper, poisoned, dtype, decayed, team_size, head_dim, v_groups):
     launches = hopper(v_groups, team_size)
