@@ -83,10 +83,9 @@ struct Schedule {
 
   __device__ __forceinline__ explicit Schedule(const HopperArgs& args) : args(args) {
     rank = blockIdx.x % kCluster;
-    int cluster = blockIdx.x / kCluster, team_size = kSplit ? args.team_size : 1;
-    team = cluster / team_size * kCluster + rank;
-    member = cluster % team_size;
-    num_teams = gridDim.x / team_size;
+    team = blockIdx.x;
+    member = blockIdx.y;
+    num_teams = gridDim.x;
     num_rows = kSplit ? (args.num_rows - team + num_teams - 1) / num_teams : 1;
   }
 
@@ -159,11 +158,11 @@ __device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const Ten
   }
 }
 
-__device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule) {
+__device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule, Pass pass) {
   QRing q_ring;
   KvRing ring;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
-    Pass pass = schedule[idx];
+    if (idx > 0) pass = schedule[idx];
     int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
       int token = pass.first_token + chunk * kChunk, stage = ring.stage;
@@ -710,46 +709,55 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
   }
 }
 
+// By one thread: the fence takes as long for each that calls it.
+__device__ __forceinline__ void init_barriers(Shared& shared) {
+  constexpr int kUsers = 4 * (kGroups + 1) * kCluster;  // warps
+  for (int stage = 0; stage < kQStages; stage++) {
+    mbarrier_init(shared.q_full[stage], 1);
+    mbarrier_init(shared.q_empty[stage], kUsers);
+  }
+  for (int stage = 0; stage < kStages; stage++) {
+    mbarrier_init(shared.k_full[stage], 1);
+    mbarrier_init(shared.v_full[stage], 1);
+    mbarrier_init(shared.kv_empty[stage], kUsers);
+  }
+  for (int buffer = 0; buffer < kPBuffers; buffer++) {
+    mbarrier_init(shared.p_full[buffer], kCluster == 1 ? 4 : 1);
+    mbarrier_init(shared.p_empty[buffer], 4 * kGroups * kCluster);
+  }
+  for (int group = 0; group < kGroups; group++) {
+    for (int buffer = 0; buffer < kOutputBuffers; buffer++) {
+      mbarrier_init(shared.o_full[group][buffer], 4);
+      mbarrier_init(shared.o_empty[group][buffer], 1);
+    }
+  }
+  fence_mbarrier_init();
+}
+
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ HopperArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   // Swizzled tiles start at multiples of 1024 bytes.
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + (-shared_address(shared_bytes) & 1023));
-  if (threadIdx.x < 4) prefetch_tensor_map((&args.q)[threadIdx.x]);
-  if (threadIdx.x < 64) reinterpret_cast<uint4*>(shared.zeros)[threadIdx.x] = uint4{0, 0, 0, 0};
-  fence_proxy_async();
-  if (threadIdx.x == 32) {
-    constexpr int kUsers = 4 * (kGroups + 1) * kCluster;  // warps
-    for (int stage = 0; stage < kQStages; stage++) {
-      mbarrier_init(shared.q_full[stage], 1);
-      mbarrier_init(shared.q_empty[stage], kUsers);
-    }
-    for (int stage = 0; stage < kStages; stage++) {
-      mbarrier_init(shared.k_full[stage], 1);
-      mbarrier_init(shared.v_full[stage], 1);
-      mbarrier_init(shared.kv_empty[stage], kUsers);
-    }
-    for (int buffer = 0; buffer < kPBuffers; buffer++) {
-      mbarrier_init(shared.p_full[buffer], kCluster == 1 ? 4 : 1);
-      mbarrier_init(shared.p_empty[buffer], 4 * kGroups * kCluster);
-    }
-    for (int group = 0; group < kGroups; group++) {
-      for (int buffer = 0; buffer < kOutputBuffers; buffer++) {
-        mbarrier_init(shared.o_full[group][buffer], 4);
-        mbarrier_init(shared.o_empty[group][buffer], 1);
-      }
-    }
-    fence_mbarrier_init();
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Different warps, since fences wait for what their warp has begun.
+  if (warp == 0) {
+    if (lane == 0) init_barriers(shared);
+  } else if (warp == 1) {
+    for (int i = 0; i < 2; i++) reinterpret_cast<uint4*>(shared.zeros)[i * 32 + lane] = uint4{0, 0, 0, 0};
+    fence_proxy_async();
+  } else if (warp == 2 && lane < 4) {
+    prefetch_tensor_map((&args.q)[lane]);
   }
+  Schedule schedule(args);
+  Pass first_pass = schedule[0];
   __syncthreads();
   if constexpr (kCluster > 1) cluster_barrier();
-  Schedule schedule(args);
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     decrease_registers<kProducerRegisters>();
-    int warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) produce(shared, args, schedule);
-    if (warp >= 1 && warp <= kGroups && threadIdx.x % 32 == 0) store(shared, args, schedule, warp - 1);
+    if (threadIdx.x == 0) produce(shared, args, schedule, first_pass);
+    if (warp >= 1 && warp <= kGroups && lane == 0) store(shared, args, schedule, warp - 1);
   } else if (warpgroup == 1) {
     decrease_registers<kScoresRegisters>();
     score_passes(shared, args, schedule);

@@ -373,9 +373,11 @@ def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_i
     """Return the kernels that calls on contiguous arrays launch, whatever their length and number of heads."""
     _, num_sms = _device_properties(device_id)
     found: dict[_compile.Wanted, None] = {}
-    # Few tokens are not worth a cut. Heads that fill the GPU hardly, by a quarter, by half, once, many times.
-    heads = (1, num_sms // 16, num_sms // 4, num_sms // 2, num_sms, 64 * num_sms)
-    for seqlen, num_heads, return_state in itertools.product((1, 2**10, 2**12, 2**17), heads, (False, True)):
+    # Few tokens are not worth a cut. Heads from one to those that fill the GPU, and many times as many.
+    heads = {2**i for i in range(8)} | {-(-num_sms * part // 16) for part in range(1, 17)} | {64 * num_sms}
+    heads |= {max(1, forward_sm90.num_clusters(size, num_sms)) for size in (2, 3, 4)}
+    lengths = (1, 2**8, 2**10, 2**12, 2**14, 2**17)
+    for seqlen, num_heads, return_state in itertools.product(lengths, sorted(heads), (False, True)):
         sizes = (1, seqlen, num_heads, qk_dim, v_dim)
         problem = contiguous_problem(device_id, dtype, *sizes, causal=causal, return_state=return_state)
         found |= {launch.kernel: None for launch in steps_for(problem).launches}

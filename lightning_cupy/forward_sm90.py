@@ -154,16 +154,18 @@ class Tiling(NamedTuple):
     chunks: int = 0  # in those of the others; the last may have fewer
 
 
-# Microseconds of an H100, fitted to measured calls: only their ratios count.
+# Microseconds of an H200, fitted to measured calls: only their ratios count.
 # What a chunk takes a block that has all of the memory's rate, for its outputs and for its state alone, by qk_dim
 # and v_groups; and how many bytes come from memory meanwhile.
 _OUTPUTS_US = {(64, 1): 0.74, (64, 2): 1.2, (96, 1): 0.87, (96, 2): 1.55, (128, 1): 0.95, (128, 2): 1.75}
 _OUTPUTS_US |= {(192, 1): 1.2, (256, 1): 1.48}
-_STATES_US = {(64, 1): 0.45, (64, 2): 0.7, (96, 1): 0.58, (96, 2): 0.85, (128, 1): 0.66, (128, 2): 0.95}
-_STATES_US |= {(192, 1): 0.85, (256, 1): 1.1}
+_STATES_US = {(64, 1): 0.42, (64, 2): 0.7, (96, 1): 0.52, (96, 2): 0.85, (128, 1): 0.57, (128, 2): 0.95}
+_STATES_US |= {(192, 1): 0.72, (256, 1): 0.9}
 _BYTES_A_US = 4.3e6
-_PAIR_US = 1.5  # what it takes a team of two beside its chunks
-_MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.08  # a larger one, for each member, and each KiB of a block's state
+# Beside its chunks: what clusters take; a team of two, of which the second, once it comes to its outputs, saves some,
+# since others have had the same instructions before; a larger team, for each of it, and each KiB of a block's state.
+_CLUSTER_US, _PAIR_US, _SECOND_US = 3.0, 3.0, -2.0
+_MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.08
 _SMS_OF_A_GPC = 16  # which a cluster does not leave
 
 
@@ -199,52 +201,49 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     qk_dim = next(padded for padded in _QK_DIMS if qk_dim <= padded)
     num_chunks = -(-seqlen // _CHUNK)
     best, best_us = Tiling(1), float("inf")
-    for v_groups in (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,):
-        num_v_blocks = -(-v_dim // (64 * v_groups))
-        # Blocks of one group that share a head are a cluster, if all are there at once.
-        cluster = num_v_blocks if v_groups == 1 else 1
-        num_slots = num_clusters(cluster, num_sms)
-        # Blocks of one head read q and k from memory once.
-        num_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64 * v_groups)
+    num_blocks_of_v = -(-v_dim // 64)
+    shapes = [(1, 1), (1, num_blocks_of_v), (2, 1)] if qk_dim <= 128 else [(1, 1), (1, num_blocks_of_v)]
+    for v_groups, cluster in dict.fromkeys(shapes if v_dim > 64 else [(1, 1)]):
+        num_v_blocks = -(-num_blocks_of_v // v_groups)
+        num_slots = num_clusters(cluster, num_sms) * cluster // num_v_blocks
+        # Blocks of one head read q and k from memory once if they are a cluster; else, as they drift apart, more often.
+        num_reads = 1 if cluster == num_v_blocks else (1 + num_v_blocks) / 2
+        num_bytes = _CHUNK * 2 * (num_reads * qk_dim / num_v_blocks + 64 * v_groups)
+        outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
+        beside_us = _CLUSTER_US if cluster > 1 else 0.0
 
         def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
             return max(least, num_bytes * num_blocks / _BYTES_A_US)
 
-        outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
-        waves, rest = divmod(num_heads * num_v_blocks, num_sms)
-        us = num_chunks * sum(
-            count * chunk_us(outputs, 2 * num_bytes, blocks)
-            for count, blocks in ((waves, num_sms), (int(rest > 0), rest))
-        )
-        if us < best_us:
-            best, best_us = Tiling(v_groups, cluster if num_heads <= num_slots else 1), us
-        if v_groups == 2 and num_v_blocks > 1:
-            num_slots = num_sms // num_v_blocks
+        if cluster == 1 or num_heads <= num_slots:
+            waves, rest = divmod(num_heads * num_v_blocks, num_sms)
+            us = beside_us + num_chunks * sum(
+                count * chunk_us(outputs, 2 * num_bytes, blocks)
+                for count, blocks in ((waves, num_sms), (int(rest > 0), rest))
+            )
+            if us < best_us:
+                best, best_us = Tiling(v_groups, cluster), us
         for wanted_size in range(2, min(num_slots, num_chunks) + 1):
             num_teams = min(num_slots // wanted_size, num_heads)
             num_blocks = num_teams * wanted_size * num_v_blocks
             outputs_us = chunk_us(outputs, 2 * num_bytes, num_blocks)
             states_us = chunk_us(states, num_bytes, num_blocks)
-            for chunks in _segments(num_chunks, wanted_size, states_us / outputs_us):
-                team_size, first_chunks, chunks = cut(num_chunks, wanted_size, chunks)
-                if wanted_size == 2:
-                    us = _PAIR_US + max(first_chunks * outputs_us, first_chunks * states_us + chunks * outputs_us)
-                else:
-                    us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
-                    us += chunks * (outputs_us + states_us)
-                us *= -(-num_heads // num_teams)
-                if us < best_us:
-                    best, best_us = Tiling(v_groups, cluster, team_size, first_chunks, chunks), us
+            chunks = -(-num_chunks // wanted_size)
+            if wanted_size == 2:
+                # Both are to end at the same time.
+                first_chunks = round((num_chunks + _SECOND_US / outputs_us) / (2 - states_us / outputs_us))
+                chunks = num_chunks - max(1, min(first_chunks, num_chunks - 1))
+            team_size, first_chunks, chunks = cut(num_chunks, wanted_size, chunks)
+            if team_size == 2:
+                second_us = _SECOND_US + first_chunks * states_us + chunks * outputs_us
+                us = _PAIR_US + max(first_chunks * outputs_us, second_us)
+            else:
+                us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
+                us += chunks * (outputs_us + states_us)
+            us = -(-num_heads // num_teams) * us + beside_us
+            if us < best_us:
+                best, best_us = Tiling(v_groups, cluster, team_size, first_chunks, chunks), us
     return best
-
-
-def _segments(num_chunks: int, team_size: int, states: float) -> list[int]:
-    """Return numbers of chunks that all but the first might have, `states` what a state takes beside outputs."""
-    if team_size > 2:
-        return [-(-num_chunks // team_size)]
-    # The second makes the state of the first's segment, and both are to end at the same time.
-    even = int(num_chunks * (1 - states) / (2 - states))
-    return [chunks for chunks in (even, even + 1) if 0 < chunks < num_chunks]
 
 
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
@@ -350,7 +349,7 @@ def steps(problem: Problem) -> Steps:
         plan.file,
         "forward",
         plan.constants,
-        grid=(num_teams * team_size, 1, 1),
+        grid=(num_teams, team_size, 1),
         block=(plan.num_threads, 1, 1),
         smem_bytes=plan.smem_bytes,
         arguments=Arguments(args.tobytes().ljust(_ARGS_BYTES, b"\0"), slots),

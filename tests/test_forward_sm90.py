@@ -90,9 +90,9 @@ def chunks(num_tokens):
         *(((1, 64, seqlen, 128), (1, 2, 1)) for seqlen in (4096, 16_384, 65_536)),
         ((1, 8, 32_768, 128), (2, 1, 16)),
         ((1, 1, 131_072, 128), (1, 2, 64)),
-        *(((2, 12, 2048, head_dim), (1, 2, 2)) for head_dim in (96, 128)),
-        ((2, 12, 2048, 192), (1, 3, 1)),
-        ((2, 12, 2048, 256), (1, 4, 1)),
+        *(((2, 12, 2048, head_dim), (1, 1, 2)) for head_dim in (96, 128)),
+        *(((2, 12, 2048, head_dim), (1, 1, 1)) for head_dim in (192, 256)),
+        ((1, 32, 4096, 256), (1, 4, 1)),
         ((33, 4, 4096, 128), (2, 1, 1)),
     ],
 )
@@ -120,12 +120,13 @@ def test_cut_leaves_nobody_without_chunks(num_chunks, wanted_size, chunks):
 
 @pytest.mark.parametrize(
     ("num_heads", "v_dim", "cluster"),
-    [(64, 128, 2), (65, 128, 1), (1, 72, 2), (40, 192, 3), (41, 192, 1), (32, 256, 4), (33, 200, 1), (100, 64, 1)],
+    [(64, 128, 2), (65, 128, 1), (40, 192, 3), (41, 192, 1), (32, 256, 4), (33, 200, 1), (100, 64, 1)],
 )
 def test_blocks_of_a_head_are_a_cluster_where_all_are_there_at_once(play, num_heads, v_dim, cluster):
     play(Driver())
-    launch, args = only_launch(forward_sm90.steps(problem_of(1, num_heads, 100, 256, v_dim)))
-    assert dict(launch.constants)["CLUSTER"] == cluster
+    launch, args = only_launch(forward_sm90.steps(problem_of(1, num_heads, 4000, 256, v_dim)))
+    constants = dict(launch.constants)
+    assert (constants["CLUSTER"], constants["SPLIT"]) == (cluster, 0)
     assert launch.grid[0] == num_heads * -(-v_dim // 64) == args["num_rows"]
 
 
@@ -145,10 +146,11 @@ def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
             assert 0 < last <= others, "a member without tokens, or tokens left"
         assert constants["SPLIT"] == (team_size > 1)
         assert launch.cooperative == (team_size > 2) == bool(steps.buffers)
-        assert launch.grid[0] % (team_size * constants["CLUSTER"]) == 0
+        assert launch.grid[0] % constants["CLUSTER"] == 0
+        assert launch.grid[1:] == (team_size, 1)
         # Blocks that wait for each other are all there at once, and two states of each are all that they need.
         limit = num_sms if team_size > 1 else int(args["num_rows"])
-        assert launch.grid[0] <= limit
+        assert launch.grid[0] * team_size <= limit
         of_a_block = 2 * (constants["QK_DIM"] * 64 + 2) * constants["V_GROUPS"]
         assert sum(np.prod(buffer.shape) for buffer in steps.buffers) <= num_sms * of_a_block
 
@@ -325,7 +327,7 @@ def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype, cluster):
     plan = forward_sm90.plan_for("bfloat16", 192, 1, cluster=cluster, split=True, high=True)
     assert launch.constants == plan.constants
     # 6 teams of 20 of 132 blocks, for 18 rows.
-    assert (launch.grid, launch.block) == ((120, 1, 1), (384, 1, 1))
+    assert (launch.grid, launch.block) == ((6, 20, 1), (384, 1, 1))
     assert launch.cooperative
     # Two states behind each member but the last, and two flags of 8 bytes for each member.
     assert steps.buffers == (_launch.Buffer("workspace", (6 * 2 * (19 * 192 * 64 + 20 * 2),), "float32"),)
@@ -346,7 +348,7 @@ def test_steps_of_a_pair(play, monkeypatch):
     steps = forward_sm90.steps(problem_of(2, 3, 5000, 96))
     launch, args = only_launch(steps)
     assert launch.constants == forward_sm90.plan_for("bfloat16", 96, 1, cluster=2, split=True).constants
-    assert launch.grid == (2 * 3 * 2 * 2, 1, 1)
+    assert launch.grid == (2 * 3 * 2, 2, 1)
     assert not launch.cooperative, "the second needs nothing of the first"
     assert steps.buffers == ()
     check_pointers(launch, "qkvo")
