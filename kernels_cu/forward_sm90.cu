@@ -11,9 +11,9 @@
 //
 // A block is a producer warpgroup, of which one thread feeds TMA and one for each group stores, the scores warpgroup,
 // and V_GROUPS warpgroups for the state and outputs: stages of one pipeline, and so in one file. They hand tiles on
-// through mbarriers. A block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first token to the
-// last. The CLUSTER blocks of a head may be a cluster, in which each loads a part of q and k for all, and they take
-// turns in making P for all.
+// through mbarriers. Without SPLIT a block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first
+// token to the last; the CLUSTER blocks of a head may be a cluster, in which each loads a part of q and k for all, and
+// they take turns in making P for all.
 //
 // With SPLIT a team of blocks walks a row, a segment of the sequence each: first for states (k and v), then for
 // outputs. In a team of two, the second makes the state that it needs, of the segment in front of its own, which is
@@ -30,7 +30,7 @@ constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kG
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
 static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
               "an SM has 65536 registers");
-static_assert(kCluster == 1 || kGroups == 1, "a cluster is the blocks of a head, of one group each");
+static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
 
 constexpr int kScoresBarrier = 3;
 
@@ -75,8 +75,7 @@ struct Pass {
   __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
 };
 
-// A team takes rows in turn; each of its blocks, a member, has a segment of all of them. With clusters, the members of
-// the teams that have the other columns of v are beside it.
+// A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
 struct Schedule {
   const HopperArgs& args;
   int team, num_teams, member, num_rows, rank;

@@ -164,9 +164,11 @@ _STATES_US |= {(192, 1): 0.72, (256, 1): 0.9}
 _BYTES_A_US = 4.3e6
 # Beside its chunks: what clusters take; a team of two, of which the second, once it comes to its outputs, saves some,
 # since others have had the same instructions before; a larger team, for each of it, and each KiB of a block's state.
-_CLUSTER_US, _PAIR_US, _SECOND_US = 3.0, 3.0, -2.0
+_CLUSTER_US, _PAIR_US, _SECOND_US = 1.0, 3.0, -2.0
 _MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.08
-_SMS_OF_A_GPC = 16  # which a cluster does not leave
+_ALONE = 1.05  # as many times as long for a block that makes scores which three or four might share
+# A cluster does not leave its GPC, of which there are as many as that, of 16 SMs or, some of them, fewer.
+_SMS_OF_A_GPC, _LEAST_SMS_OF_A_GPC = 16, 14
 
 
 def cut(num_chunks: int, wanted_size: int, chunks: int) -> tuple[int, int, int]:
@@ -177,7 +179,9 @@ def cut(num_chunks: int, wanted_size: int, chunks: int) -> tuple[int, int, int]:
 
 def num_clusters(cluster: int, num_sms: int) -> int:
     """Return how many clusters of so many blocks the GPU holds at a time, at least."""
-    return num_sms if cluster == 1 else num_sms // _SMS_OF_A_GPC * (_SMS_OF_A_GPC // cluster)
+    if cluster <= 2:  # SMs come in pairs
+        return num_sms // cluster
+    return num_sms // _SMS_OF_A_GPC * (_LEAST_SMS_OF_A_GPC // cluster)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -201,28 +205,32 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     qk_dim = next(padded for padded in _QK_DIMS if qk_dim <= padded)
     num_chunks = -(-seqlen // _CHUNK)
     best, best_us = Tiling(1), float("inf")
-    num_blocks_of_v = -(-v_dim // 64)
-    shapes = [(1, 1), (1, num_blocks_of_v), (2, 1)] if qk_dim <= 128 else [(1, 1), (1, num_blocks_of_v)]
-    for v_groups, cluster in dict.fromkeys(shapes if v_dim > 64 else [(1, 1)]):
-        num_v_blocks = -(-num_blocks_of_v // v_groups)
-        num_slots = num_clusters(cluster, num_sms) * cluster // num_v_blocks
-        # Blocks of one head read q and k from memory once if they are a cluster; else, as they drift apart, more often.
-        num_reads = 1 if cluster == num_v_blocks else (1 + num_v_blocks) / 2
-        num_bytes = _CHUNK * 2 * (num_reads * qk_dim / num_v_blocks + 64 * v_groups)
+
+    def consider(us: float, tiling: Tiling) -> None:
+        nonlocal best, best_us
+        if us < best_us:
+            best, best_us = tiling, us
+
+    def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
+        return max(least, num_bytes * num_blocks / _BYTES_A_US)
+
+    for v_groups in (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,):
+        num_v_blocks = -(-v_dim // (64 * v_groups))
         outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
-        beside_us = _CLUSTER_US if cluster > 1 else 0.0
-
-        def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
-            return max(least, num_bytes * num_blocks / _BYTES_A_US)
-
-        if cluster == 1 or num_heads <= num_slots:
-            waves, rest = divmod(num_heads * num_v_blocks, num_sms)
-            us = beside_us + num_chunks * sum(
-                count * chunk_us(outputs, 2 * num_bytes, blocks)
-                for count, blocks in ((waves, num_sms), (int(rest > 0), rest))
-            )
-            if us < best_us:
-                best, best_us = Tiling(v_groups, cluster), us
+        # Of a block's chunk. Blocks of one head read q and k from memory once if they are a cluster; else, as they
+        # drift apart, more often.
+        shared_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64 * v_groups)
+        num_bytes = _CHUNK * 2 * (qk_dim * (1 + 1 / num_v_blocks) / 2 + 64 * v_groups)
+        if num_v_blocks > 1 and v_groups == 1 and num_heads <= num_clusters(num_v_blocks, num_sms):
+            us = num_chunks * chunk_us(outputs, 2 * shared_bytes, num_heads * num_v_blocks)
+            consider(us + _CLUSTER_US, Tiling(v_groups, num_v_blocks))
+        if num_v_blocks > 2:
+            outputs *= _ALONE
+        waves, rest = divmod(num_heads * num_v_blocks, num_sms)
+        us = waves * chunk_us(outputs, 2 * num_bytes, num_sms)
+        us += chunk_us(outputs, 2 * num_bytes, rest) if rest else 0
+        consider(num_chunks * us, Tiling(v_groups))
+        num_slots = num_sms // num_v_blocks
         for wanted_size in range(2, min(num_slots, num_chunks) + 1):
             num_teams = min(num_slots // wanted_size, num_heads)
             num_blocks = num_teams * wanted_size * num_v_blocks
@@ -240,9 +248,7 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
             else:
                 us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
                 us += chunks * (outputs_us + states_us)
-            us = -(-num_heads // num_teams) * us + beside_us
-            if us < best_us:
-                best, best_us = Tiling(v_groups, cluster, team_size, first_chunks, chunks), us
+            consider(-(-num_heads // num_teams) * us, Tiling(v_groups, 1, team_size, first_chunks, chunks))
     return best
 
 
@@ -308,12 +314,10 @@ def steps(problem: Problem) -> Steps:
             split=tiling.team_size > 1,
             high=problem.high,
         )
-    v_groups, cluster, team_size = tiling[:3]
+    v_groups, team_size = tiling.v_groups, tiling.team_size
     num_v_blocks = -(-problem.v_dim // (64 * v_groups))
     num_rows = num_heads * num_v_blocks
-    num_teams = num_rows
-    if team_size > 1:
-        num_teams = min(num_clusters(cluster, problem.num_sms) // team_size * cluster, num_rows)
+    num_teams = min(problem.num_sms // team_size, num_rows) if team_size > 1 else num_rows
 
     pointers: dict[str, str] = {}
     buffers = []
