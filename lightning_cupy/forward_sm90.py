@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -165,7 +167,7 @@ _BYTES_A_US = 4.3e6
 # Beside its chunks: what clusters take; a team of two, of which the second, once it comes to its outputs, saves some,
 # since others have had the same instructions before; a larger team, for each of it, and each KiB of a block's state.
 _CLUSTER_US, _PAIR_US, _SECOND_US = 1.0, 3.0, -2.0
-_MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.08
+_MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.07
 _ALONE = 1.05  # as many times as long for a block that makes scores which three or four might share
 # A cluster does not leave its GPC, of which there are as many as that, of 16 SMs or, some of them, fewer.
 _SMS_OF_A_GPC, _LEAST_SMS_OF_A_GPC = 16, 14
@@ -203,53 +205,54 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     the same bits.
     """
     qk_dim = next(padded for padded in _QK_DIMS if qk_dim <= padded)
-    num_chunks = -(-seqlen // _CHUNK)
-    best, best_us = Tiling(1), float("inf")
+    num_chunks = max(1, -(-seqlen // _CHUNK))
+    widths = (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,)
+    times = (_times(num_heads, num_chunks, qk_dim, v_dim, v_groups, num_sms) for v_groups in widths)
+    return min(itertools.chain(*times), key=operator.itemgetter(0))[1]
 
-    def consider(us: float, tiling: Tiling) -> None:
-        nonlocal best, best_us
-        if us < best_us:
-            best, best_us = tiling, us
+
+def _times(
+    num_heads: int, num_chunks: int, qk_dim: int, v_dim: int, v_groups: int, num_sms: int
+) -> Iterator[tuple[float, Tiling]]:
+    """Estimate the microseconds that each tiling takes; `qk_dim` is padded."""
+    num_v_blocks = -(-v_dim // (64 * v_groups))
 
     def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
         return max(least, num_bytes * num_blocks / _BYTES_A_US)
 
-    for v_groups in (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,):
-        num_v_blocks = -(-v_dim // (64 * v_groups))
-        outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
-        # Of a block's chunk. Blocks of one head read q and k from memory once if they are a cluster; else, as they
-        # drift apart, more often.
-        shared_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64 * v_groups)
-        num_bytes = _CHUNK * 2 * (qk_dim * (1 + 1 / num_v_blocks) / 2 + 64 * v_groups)
-        if num_v_blocks > 1 and v_groups == 1 and num_heads <= num_clusters(num_v_blocks, num_sms):
-            us = num_chunks * chunk_us(outputs, 2 * shared_bytes, num_heads * num_v_blocks)
-            consider(us + _CLUSTER_US, Tiling(v_groups, num_v_blocks))
-        if num_v_blocks > 2:
-            outputs *= _ALONE
-        waves, rest = divmod(num_heads * num_v_blocks, num_sms)
-        us = waves * chunk_us(outputs, 2 * num_bytes, num_sms)
-        us += chunk_us(outputs, 2 * num_bytes, rest) if rest else 0
-        consider(num_chunks * us, Tiling(v_groups))
-        num_slots = num_sms // num_v_blocks
-        for wanted_size in range(2, min(num_slots, num_chunks) + 1):
-            num_teams = min(num_slots // wanted_size, num_heads)
-            num_blocks = num_teams * wanted_size * num_v_blocks
-            outputs_us = chunk_us(outputs, 2 * num_bytes, num_blocks)
-            states_us = chunk_us(states, num_bytes, num_blocks)
-            chunks = -(-num_chunks // wanted_size)
-            if wanted_size == 2:
-                # Both are to end at the same time.
-                first_chunks = round((num_chunks + _SECOND_US / outputs_us) / (2 - states_us / outputs_us))
-                chunks = num_chunks - max(1, min(first_chunks, num_chunks - 1))
-            team_size, first_chunks, chunks = cut(num_chunks, wanted_size, chunks)
-            if team_size == 2:
-                second_us = _SECOND_US + first_chunks * states_us + chunks * outputs_us
-                us = _PAIR_US + max(first_chunks * outputs_us, second_us)
-            else:
-                us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
-                us += chunks * (outputs_us + states_us)
-            consider(-(-num_heads // num_teams) * us, Tiling(v_groups, 1, team_size, first_chunks, chunks))
-    return best
+    outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
+    # k and v of a block's chunk, as many as q and o. Blocks of one head read q and k from memory once if they are a
+    # cluster; else, as they drift apart, more often.
+    if v_groups == 1 < num_v_blocks and num_heads <= num_clusters(num_v_blocks, num_sms):
+        num_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64)
+        us = num_chunks * chunk_us(outputs, 2 * num_bytes, num_heads * num_v_blocks)
+        yield us + _CLUSTER_US, Tiling(v_groups, num_v_blocks)
+    num_bytes = _CHUNK * 2 * (qk_dim * (1 + 1 / num_v_blocks) / 2 + 64 * v_groups)
+    if num_v_blocks > 2:
+        outputs *= _ALONE
+    waves, rest = divmod(num_heads * num_v_blocks, num_sms)
+    us = waves * chunk_us(outputs, 2 * num_bytes, num_sms) + (rest and chunk_us(outputs, 2 * num_bytes, rest))
+    yield num_chunks * us, Tiling(v_groups)
+
+    num_slots = num_sms // num_v_blocks
+    for wanted_size in range(2, min(num_slots, num_chunks) + 1):
+        num_teams = min(num_slots // wanted_size, num_heads)
+        num_blocks = num_teams * wanted_size * num_v_blocks
+        outputs_us = chunk_us(outputs, 2 * num_bytes, num_blocks)
+        states_us = chunk_us(states, num_bytes, num_blocks)
+        chunks = -(-num_chunks // wanted_size)
+        if wanted_size == 2:
+            # Both are to end at the same time.
+            first_chunks = round((num_chunks + _SECOND_US / outputs_us) / (2 - states_us / outputs_us))
+            chunks = num_chunks - max(1, min(first_chunks, num_chunks - 1))
+        team_size, first_chunks, chunks = cut(num_chunks, wanted_size, chunks)
+        if team_size == 2:
+            second_us = _SECOND_US + first_chunks * states_us + chunks * outputs_us
+            us = _PAIR_US + max(first_chunks * outputs_us, second_us)
+        else:
+            us = _MEETINGS_US + _MEMBER_US * team_size + _STATE_US * v_groups * qk_dim / 4
+            us += chunks * (outputs_us + states_us)
+        yield -(-num_heads // num_teams) * us, Tiling(v_groups, 1, team_size, first_chunks, chunks)
 
 
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
