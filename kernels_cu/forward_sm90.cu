@@ -300,8 +300,8 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
 #pragma unroll
     for (int step = 0; step < kQkDim / 16; step++) {
       int offset = step / 4 * kTileBytes + step % 4 * 32;
-      wgmma_64x64x16<kBfloat16, false, false>(p, wgmma_descriptor(shared.q[q_stage], offset),
-                                              wgmma_descriptor(shared.k[stage], offset), step > 0);
+      wgmma_64x64x16<kBfloat16, false, false>(p, wgmma_descriptor_in_32_bits(shared.q[q_stage], offset),
+                                              wgmma_descriptor_in_32_bits(shared.k[stage], offset), step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -518,7 +518,7 @@ struct Group {
 #pragma unroll
       for (int i = 0; i < kSteps; i++) {
         int step = Part::kFirst / 16 + first_step + i;
-        uint64_t q_step = wgmma_descriptor(shared.q[q_ring.stage], step / 4 * kTileBytes + step % 4 * 32);
+        uint64_t q_step = wgmma_descriptor_in_32_bits(shared.q[q_ring.stage], step / 4 * kTileBytes + step % 4 * 32);
         wgmma_64x64x16<kBfloat16>(o, operands.high[i], q_step, !kIsFirst || first_step + i > 0);
         if constexpr (kHigh) wgmma_64x64x16<kBfloat16>(o, operands.low[i], q_step, 1);
       }
@@ -555,10 +555,10 @@ struct Group {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      uint64_t v_step = wgmma_descriptor(shared.v[ring.stage][group], step * 2048);
+      uint64_t v_step = wgmma_descriptor_in_32_bits(shared.v[ring.stage][group], step * 2048);
 #pragma unroll
       for (int part = 0; part < (kHigh ? 2 : 1); part++) {
-        uint64_t p_step = wgmma_descriptor(shared.p[buffer].tile[part], step * 32);
+        uint64_t p_step = wgmma_descriptor_in_32_bits(shared.p[buffer].tile[part], step * 32);
         wgmma_64x64x16<kBfloat16, true, false>(o, v_step, p_step, 1);
       }
     }

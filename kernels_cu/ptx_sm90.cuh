@@ -140,11 +140,19 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&ma
 
 // PTX 9.7.15.5.1: describes tiles of 64 rows of 128 bytes, swizzled by 128 bytes, as TMA writes them; one behind the
 // other for transposed operands wider than 64. To the next 16 columns it is 32 bytes, to the next 16 rows 2048.
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int offset_bytes) {
-  constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4, kNextTile = 8192 >> 4;
+constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4, kNextTile = 8192 >> 4;
+__device__ __forceinline__ uint32_t lower_half_of_descriptor(const void* tile) {
   // In a cluster the upper bits of an address are the block's rank.
-  uint32_t first = (shared_address(tile) >> 4 & 0x3fff) | kNextTile << 16;
-  asm("" : "+r"(first));  // 32 bits: what follows is not done in 64
+  return (shared_address(tile) >> 4 & 0x3fff) | kNextTile << 16;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int offset_bytes) {
+  return uint64_t(kSwizzle128 | kEightRows) << 32 | (lower_half_of_descriptor(tile) + (offset_bytes >> 4));
+}
+
+// The same, for several offsets of a tile: fewer instructions, but more registers.
+__device__ __forceinline__ uint64_t wgmma_descriptor_in_32_bits(const void* tile, int offset_bytes) {
+  uint32_t first = lower_half_of_descriptor(tile);
+  asm("" : "+r"(first));  // or what follows would be done in 64
   uint64_t descriptor;
   asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(first + (offset_bytes >> 4)), "r"(kSwizzle128 | kEightRows));
   return descriptor;
@@ -152,7 +160,6 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int offse
 
 // Of a tile that is the same 8 rows over and over.
 __device__ __forceinline__ uint64_t wgmma_descriptor_of_rows(const void* rows) {
-  constexpr uint32_t kSwizzle128 = 1u << 30;
   return uint64_t(kSwizzle128) << 32 | (shared_address(rows) >> 4 & 0x3fff);
 }
 

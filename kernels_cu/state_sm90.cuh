@@ -166,7 +166,7 @@ __device__ __forceinline__ void update_state(State& state, const DecayedV& v, Ti
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    uint64_t k_step = wgmma_descriptor(k, Part::kFirstTile * kTileBytes + step * 2048);
+    uint64_t k_step = wgmma_descriptor_in_32_bits(k, Part::kFirstTile * kTileBytes + step * 2048);
     wgmma_transposed<kBfloat16>(Part::of(state), v.high[step], k_step);
     wgmma_transposed<kBfloat16, true>(Part::of(state), v.low[step], k_step);
   }

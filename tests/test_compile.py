@@ -35,7 +35,10 @@ def accepted_spills(plan: Plan) -> int:
     """Bytes of spill stores and loads each, and of stack, that a plan may have."""
     # Hopper's registers are set by hand for each role, and where an SM's are the tightest a team's walk, or float32,
     # wants a few more: what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
-    is_tight = isinstance(plan, HOPPER_PLANS) and (plan.v_groups == 2 or plan.qk_dim == 256)
+    if not isinstance(plan, HOPPER_PLANS):
+        return 0
+    is_high = isinstance(plan, forward_sm90.HopperPlan) and plan.high
+    is_tight = plan.v_groups == 2 or plan.qk_dim == 256 or is_high
     return 64 if is_tight and (plan.dtype == "float32" or plan.split) else 0
 
 
