@@ -459,11 +459,12 @@ def test_memory_beyond_the_state_does_not_grow_with_the_heads(causal, rng, monke
 
 
 def test_speed(rng):
-    """At least 35 % of the rate of a large matrix product, on the machine at hand.
+    """At least 42 % of what NumPy could do on the machine at hand: large products, and each array copied once.
 
     Counted are the products of the algorithm with chunks of C tokens: for a token and head 2 d^2 for each of q S and
-    k^T v, and C d, the causal half, for each of q k^T and its product with v. All else is time alone. The share is
-    the median of turns, each the best of three runs against as many products, as other work on the machine slows some.
+    k^T v, and C d, the causal half, for each of q k^T and its product with v; and copies of q, k, v and o. All else is
+    time alone. Products alone would be no measure: the wider a CPU's vectors, the less of its time goes to them. The
+    share is the median of turns, each the best of three runs of all, as other work on the machine slows some.
     """
     n, heads, dim, chunk = 8192, 16, 128, 64
     q, k, v = (rng.standard_normal((n, heads, dim), dtype=np.float32) for _ in range(3))
@@ -472,17 +473,18 @@ def test_speed(rng):
     out, product = np.empty_like(v), np.empty_like(a)
     work, work_of_product = n * heads * (4 * dim**2 + 2 * chunk * dim), 2 * 2048**3
 
-    def rate(flops, function, *arguments, **options):
+    def seconds(function, *arguments, **options):
         time.sleep(0.1)  # until the threads of an earlier product no longer wait for more in a busy loop
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
             function(*arguments, **options)
             best = min(best, time.perf_counter() - start)
-        return flops / best
+        return best
 
     shares = []
-    while len(shares) < 3 or (len(shares) < 20 and np.median(shares) < 0.35):
-        attainable = rate(work_of_product, np.matmul, a, b, out=product)
-        shares.append(rate(work, chunked, q, k, v, out, slopes=slopes, chunk=chunk) / attainable)
-    assert np.median(shares) >= 0.35, f"{attainable / 1e9:.0f} GFLOP/s are attainable; shares of it were {shares}"
+    while len(shares) < 3 or (len(shares) < 20 and np.median(shares) < 0.42):
+        products = seconds(np.matmul, a, b, out=product) * work / work_of_product
+        copies = 4 * seconds(np.copyto, out, v)
+        shares.append((products + copies) / seconds(chunked, q, k, v, out, slopes=slopes, chunk=chunk))
+    assert np.median(shares) >= 0.42, f"products {products:.3f} s, copies {copies:.3f} s; their shares were {shares}"
