@@ -24,13 +24,14 @@
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
 
-constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kThreads = 128 * (2 + kGroups), kPBuffers = 2;
+constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbors = NEIGHBORS, kThreads = 128 * (2 + kGroups), kPBuffers = 2;
 constexpr bool kSplit = SPLIT, kHigh = HIGH;
 constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kGroups == 1 ? 128 : 80;
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
 static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
               "an SM has 65536 registers");
 static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
+static_assert(kNeighbors == 1 || kCluster == 1, "a cluster of neighbors has a block of each head");
 
 constexpr int kScoresBarrier = 3;
 
@@ -53,6 +54,7 @@ struct Shared {
   uint64_t q_full[kQStages], q_empty[kQStages], k_full[kStages], v_full[kStages], kv_empty[kStages];
   uint64_t p_full[kPBuffers], p_empty[kPBuffers];
   uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
+  uint64_t in_step;  // all neighbors are about to load
 };
 static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 
@@ -160,12 +162,18 @@ __device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const Ten
 __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule, Pass pass) {
   QRing q_ring;
   KvRing ring;
+  uint32_t step = 0;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     if (idx > 0) pass = schedule[idx];
     int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
       int token = pass.first_token + chunk * kChunk, stage = ring.stage;
       mbarrier_wait(shared.kv_empty[stage], ring.parity() ^ 1);
+      if (kNeighbors > 1 && pass.outputs) {
+        mbarrier_wait(shared.q_empty[q_ring.stage], q_ring.parity() ^ 1);
+        for (int rank = 0; rank < kNeighbors; rank++) mbarrier_arrive_at(rank, shared.in_step);
+        mbarrier_wait(shared.in_step, step++ % 2);
+      }
       load_for_all(shared.k[stage], args.k, shared.k_full[stage], schedule.rank, true, token, head, batch);
       mbarrier_arrive_expect_tx(shared.v_full[stage], kGroups * kTileBytes);
 #pragma unroll
@@ -730,10 +738,11 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
       mbarrier_init(shared.o_empty[group][buffer], 1);
     }
   }
+  mbarrier_init(shared.in_step, kNeighbors);
   fence_mbarrier_init();
 }
 
-extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __cluster_dims__(kCluster * kNeighbors, 1, 1) __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ HopperArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   // Swizzled tiles start at multiples of 1024 bytes.
@@ -751,7 +760,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
   Schedule schedule(args);
   Pass first_pass = schedule[0];
   __syncthreads();
-  if constexpr (kCluster > 1) cluster_barrier();
+  if constexpr (kCluster * kNeighbors > 1) cluster_barrier();
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     decrease_registers<kProducerRegisters>();
@@ -764,7 +773,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     increase_registers<kGroupRegisters>();
     attend(shared, args, schedule, warpgroup - 2);
   }
-  if constexpr (kCluster > 1) {
+  if constexpr (kCluster * kNeighbors > 1) {
     __syncwarp();
     cluster_barrier();  // others may still write into this block's shared memory
   }

@@ -34,6 +34,7 @@ class HopperPlan:
     qk_dim: int  # padded
     v_groups: int  # warpgroups of a block that have 64 columns of v each
     cluster: int  # blocks of a head, that share what they load
+    neighbors: int  # heads of a cluster, that load in step
     split: bool  # whether teams of blocks share a row's sequence
     high: bool  # operands as sums of two numbers
     q_stages: int  # chunks of q in shared memory
@@ -55,6 +56,7 @@ class HopperPlan:
             ("QK_DIM", self.qk_dim),
             ("V_GROUPS", self.v_groups),
             ("CLUSTER", self.cluster),
+            ("NEIGHBORS", self.neighbors),
             ("Q_STAGES", self.q_stages),
             ("STAGES", self.stages),
             ("OUTPUT_BUFFERS", self.output_buffers),
@@ -71,14 +73,21 @@ def _smem_bytes(qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: i
     blocks = -(-qk_dim // 64)
     tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
     tables = 3 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
-    barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers)
+    barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers + 1)
     shared = -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
     return shared + 1024
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_for(
-    dtype: Dtype, head_dim: int, v_groups: int, *, cluster: int = 1, split: bool = False, high: bool = False
+    dtype: Dtype,
+    head_dim: int,
+    v_groups: int,
+    *,
+    cluster: int = 1,
+    neighbors: int = 1,
+    split: bool = False,
+    high: bool = False,
 ) -> HopperPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to six of q, with two output buffers.
 
@@ -90,7 +99,7 @@ def plan_for(
         smem_bytes = _smem_bytes(qk_dim, v_groups, high, q_stages, stages, output_buffers)
         if smem_bytes <= _MAX_SMEM_BYTES:
             tiling = (q_stages, stages, output_buffers, smem_bytes)
-            return HopperPlan(dtype, qk_dim, v_groups, cluster, split, high, *tiling)
+            return HopperPlan(dtype, qk_dim, v_groups, cluster, neighbors, split, high, *tiling)
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
@@ -171,6 +180,7 @@ _MEETINGS_US, _MEMBER_US, _STATE_US = 6.0, 0.06, 0.07
 _ALONE = 1.05  # as many times as long for a block that makes scores which three or four might share
 # A cluster does not leave its GPC, of which there are as many as that, of 16 SMs or, some of them, fewer.
 _SMS_OF_A_GPC, _LEAST_SMS_OF_A_GPC = 16, 14
+_MIN_CHUNKS_IN_STEP = 16
 
 
 def cut(num_chunks: int, wanted_size: int, chunks: int) -> tuple[int, int, int]:
@@ -299,6 +309,17 @@ def fits(problem: Problem) -> bool:
     )
 
 
+def neighbors_for(tiling: Tiling, num_rows: int, num_chunks: int, qk_dim: int) -> int:
+    """Return how many blocks of neighboring rows load in step, as a cluster.
+
+    Tokens of a head are pieces of less than 256 bytes where head dims are small, side by side with those of the next
+    head. Memory is read at its full rate where both are asked for at about the same time: 13 % faster on an H200. It
+    costs a microsecond, that of a cluster.
+    """
+    is_worth_it = tiling.team_size == 1 and tiling.cluster == 1 and qk_dim <= 96 and num_chunks >= _MIN_CHUNKS_IN_STEP
+    return 2 if is_worth_it and num_rows % 2 == 0 else 1
+
+
 def steps(problem: Problem) -> Steps:
     """Return the one launch of a kernel, and the memory that its blocks meet in."""
     num_heads = problem.batch * problem.num_heads
@@ -309,11 +330,13 @@ def steps(problem: Problem) -> Steps:
         plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, tiling.v_groups)
     else:
         tiling = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
+        num_rows = num_heads * -(-problem.v_dim // (64 * tiling.v_groups))
         plan = plan_for(
             problem.dtype,
             problem.qk_dim,
             tiling.v_groups,
             cluster=tiling.cluster,
+            neighbors=neighbors_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
             split=tiling.team_size > 1,
             high=problem.high,
         )
