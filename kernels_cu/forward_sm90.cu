@@ -13,7 +13,8 @@
 // and V_GROUPS warpgroups for the state and outputs: stages of one pipeline, and so in one file. They hand tiles on
 // through mbarriers. Without SPLIT a block walks one (batch, head, 64 V_GROUPS columns of v), a row, from the first
 // token to the last; the CLUSTER blocks of a head may be a cluster, in which each loads a part of q and k for all, and
-// they take turns in making P for all.
+// they take turns in making P for all. Or the blocks of NEIGHBOURS rows are one, only to load at the same time: a token
+// of a small head is a piece of memory that is read at its full rate together with the piece beside it.
 //
 // With SPLIT a team of blocks walks a row, a segment of the sequence each: first for states (k and v), then for
 // outputs. In a team of two, the second makes the state that it needs, of the segment in front of its own, which is
@@ -24,14 +25,15 @@
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
 
-constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbors = NEIGHBORS, kThreads = 128 * (2 + kGroups), kPBuffers = 2;
+constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
+constexpr int kThreads = 128 * (2 + kGroups), kPBuffers = 2;
 constexpr bool kSplit = SPLIT, kHigh = HIGH;
 constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kGroups == 1 ? 128 : 80;
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
 static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
               "an SM has 65536 registers");
 static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
-static_assert(kNeighbors == 1 || kCluster == 1, "a cluster of neighbors has a block of each head");
+static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neighbours is one block of each row");
 
 constexpr int kScoresBarrier = 3;
 
@@ -54,7 +56,7 @@ struct Shared {
   uint64_t q_full[kQStages], q_empty[kQStages], k_full[kStages], v_full[kStages], kv_empty[kStages];
   uint64_t p_full[kPBuffers], p_empty[kPBuffers];
   uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
-  uint64_t in_step;  // all neighbors are about to load
+  uint64_t in_step;  // all neighbours are about to load
 };
 static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 
@@ -162,17 +164,16 @@ __device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const Ten
 __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule, Pass pass) {
   QRing q_ring;
   KvRing ring;
-  uint32_t step = 0;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     if (idx > 0) pass = schedule[idx];
     int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
       int token = pass.first_token + chunk * kChunk, stage = ring.stage;
       mbarrier_wait(shared.kv_empty[stage], ring.parity() ^ 1);
-      if (kNeighbors > 1 && pass.outputs) {
+      if constexpr (kNeighbours > 1) {
         mbarrier_wait(shared.q_empty[q_ring.stage], q_ring.parity() ^ 1);
-        for (int rank = 0; rank < kNeighbors; rank++) mbarrier_arrive_at(rank, shared.in_step);
-        mbarrier_wait(shared.in_step, step++ % 2);
+        for (int rank = 0; rank < kNeighbours; rank++) mbarrier_arrive_at(rank, shared.in_step);
+        mbarrier_wait(shared.in_step, chunk % 2);
       }
       load_for_all(shared.k[stage], args.k, shared.k_full[stage], schedule.rank, true, token, head, batch);
       mbarrier_arrive_expect_tx(shared.v_full[stage], kGroups * kTileBytes);
@@ -235,8 +236,7 @@ __device__ __forceinline__ uint64_t* flag(const Schedule& schedule, Meeting meet
 __device__ __forceinline__ void meet_team(const Schedule& schedule, Meeting meeting, int pass_idx, int group) {
   int thread = threadIdx.x % 128, barrier = kGroupBarrier + group;
   uint64_t value = schedule.args.first_flag + pass_idx;
-  __threadfence();
-  named_barrier(barrier, 128);
+  named_barrier(barrier, 128);  // what is released are the writes of all its threads
   if (thread == 0) store_release(flag(schedule, meeting, schedule.member * kGroups + group), value);
   for (int idx = thread; idx < schedule.args.team_size * kGroups; idx += 128) {
     while (load_acquire(flag(schedule, meeting, idx)) != value) __nanosleep(20);
@@ -248,31 +248,33 @@ __device__ __forceinline__ void clear_flag(const Schedule& schedule, Meeting mee
   if (threadIdx.x % 128 == 0) *flag(schedule, meeting, schedule.member * kGroups + group) = 0;
 }
 
-// In place, what segments add becomes the states behind them: this block's slice of the elements, one a thread at a
+// In place, what segments add becomes the states behind them: this block's slice of the elements, kWidth a thread at a
 // time. What counts is how many loads are under way.
 __device__ __forceinline__ void scan(const Schedule& schedule, float* states, int group, float decay) {
-  constexpr int kAhead = 16;
+  // One where registers have no room for more.
+  constexpr int kAhead = 16, kWidth = kQkDim <= 64 || (kGroups == 2 && kBfloat16) ? 2 : 1;
   const int num_states = schedule.args.team_size - 1;
-  const int per_member = (kStateSize + num_states) / (num_states + 1);
-  const int end = min(kStateSize, (schedule.member + 1) * per_member);
+  const int per_member = (kStateSize / kWidth + num_states) / (num_states + 1);
+  const int end = min(kStateSize / kWidth, (schedule.member + 1) * per_member);
   uint32_t thread = group * 128 + threadIdx.x % 128;
   forget_origin(thread);
 #pragma unroll 1
   for (int idx = schedule.member * per_member + thread; idx < end; idx += 128 * kGroups) {
-    float* state = states + idx;
-    float x = 0;
+    float* state = states + idx * kWidth;
+    float x[kWidth] = {};
 #pragma unroll 1
     for (int num_left = num_states; num_left > 0; num_left -= kAhead) {
-      float added[kAhead];
+      float added[kAhead][kWidth];
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
-        if (i < num_left) added[i] = load_l2(state + i * kStateSize);
+        if (i < num_left) load_l2(added[i], state + i * kStateSize);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
         if (i < num_left) {
           // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
-          x = (x == 0 ? 0 : decay * x) + added[i];
+#pragma unroll
+          for (int j = 0; j < kWidth; j++) x[j] = (x[j] == 0 ? 0 : decay * x[j]) + added[i][j];
           store_l2(state + i * kStateSize, x);
         }
       }
@@ -612,8 +614,9 @@ struct Group {
   }
 
   // The rest of it. In the order of the tensor cores, which are to have products to do all the time: ST qT of the front
-  // part; the back part of the next state; vT PT; the front part, during which outputs are stored and the next chunk
-  // begins. With kEarly, `loaded` and `o_decay` are there, and `loaded` becomes that of the next chunk.
+  // part; the back part of the next state; vT PT; the front part, during which the next chunk begins and outputs are
+  // stored. With kEarly these are stored before it, `loaded` and `o_decay` are there, and `loaded` becomes that of the
+  // next chunk.
   __device__ __forceinline__ void complete(float (&o)[32], const float (&range_factor)[2], const RowUnits& o_units,
                                            LoadedV& loaded, float2 (&o_decay)[8], int num_tokens_left) {
     DecayedV v;
@@ -636,11 +639,20 @@ struct Group {
       mbarrier_wait(shared.k_full[ring.stage], ring.parity());
     }
     scale_state(Front::of(state), v.state_factor);
-    update_state<Front>(state, v, shared.k[ring.stage]);
-    units = v.units;
-    if constexpr (kEarly) take_next_v(loaded, num_tokens_left);
-    wgmma_wait<(kOverlap ? 1 : 0)>();
-    finish(o);
+    if constexpr (kEarly) {
+      // What goes to and from shared memory waits for products with operands in registers that were queued before it.
+      // Where these are few, it is quicker to store the outputs first.
+      take_next_v(loaded, num_tokens_left);
+      wgmma_wait<0>();
+      finish(o);
+      update_state<Front>(state, v, shared.k[ring.stage]);
+      units = v.units;
+    } else {
+      update_state<Front>(state, v, shared.k[ring.stage]);
+      units = v.units;
+      wgmma_wait<(kOverlap ? 1 : 0)>();
+      finish(o);
+    }
     q_ring.advance();
     ring.advance();
   }
@@ -738,11 +750,11 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
       mbarrier_init(shared.o_empty[group][buffer], 1);
     }
   }
-  mbarrier_init(shared.in_step, kNeighbors);
+  mbarrier_init(shared.in_step, kNeighbours);
   fence_mbarrier_init();
 }
 
-extern "C" __global__ void __cluster_dims__(kCluster * kNeighbors, 1, 1) __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ HopperArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   // Swizzled tiles start at multiples of 1024 bytes.
@@ -760,7 +772,7 @@ extern "C" __global__ void __cluster_dims__(kCluster * kNeighbors, 1, 1) __launc
   Schedule schedule(args);
   Pass first_pass = schedule[0];
   __syncthreads();
-  if constexpr (kCluster * kNeighbors > 1) cluster_barrier();
+  if constexpr (kBlocks > 1) cluster_barrier();
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     decrease_registers<kProducerRegisters>();
@@ -773,7 +785,7 @@ extern "C" __global__ void __cluster_dims__(kCluster * kNeighbors, 1, 1) __launc
     increase_registers<kGroupRegisters>();
     attend(shared, args, schedule, warpgroup - 2);
   }
-  if constexpr (kCluster * kNeighbors > 1) {
+  if constexpr (kBlocks > 1) {
     __syncwarp();
     cluster_barrier();  // others may still write into this block's shared memory
   }

@@ -288,11 +288,12 @@ __device__ __forceinline__ void store_release(uint64_t* flag, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 }
 
-// PTX 9.7.9.8: past the L1 cache, which does not see what other blocks write; one float, or four at once.
-__device__ __forceinline__ float load_l2(const float* pointer) {
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(pointer) : "memory");
-  return x;
+// PTX 9.7.9.8: past the L1 cache, which does not see what other blocks write; a float, two, or four.
+__device__ __forceinline__ void load_l2(float (&x)[1], const float* pointer) {
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x[0]) : "l"(pointer) : "memory");
+}
+__device__ __forceinline__ void load_l2(float (&x)[2], const float* pointer) {
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "l"(pointer) : "memory");
 }
 __device__ __forceinline__ void load_l2(float (&x)[4], const float* pointer) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -300,8 +301,11 @@ __device__ __forceinline__ void load_l2(float (&x)[4], const float* pointer) {
                : "l"(pointer)
                : "memory");
 }
-__device__ __forceinline__ void store_l2(float* pointer, float x) {
-  asm volatile("st.global.cg.f32 [%0], %1;" ::"l"(pointer), "f"(x) : "memory");
+__device__ __forceinline__ void store_l2(float* pointer, const float (&x)[1]) {
+  asm volatile("st.global.cg.f32 [%0], %1;" ::"l"(pointer), "f"(x[0]) : "memory");
+}
+__device__ __forceinline__ void store_l2(float* pointer, const float (&x)[2]) {
+  asm volatile("st.global.cg.v2.f32 [%0], {%1, %2};" ::"l"(pointer), "f"(x[0]), "f"(x[1]) : "memory");
 }
 __device__ __forceinline__ void store_l2(float* pointer, const float (&x)[4]) {
   asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])

@@ -56,9 +56,13 @@ def all_plans() -> list[Plan]:
     scans = [forward.ScanPlan(accum, arch) for accum, arch in itertools.product(("float", "double"), ARCHS)]
     tilings = tuple(forward_sm90._OUTPUTS_US)
     hopper = [
-        forward_sm90.plan_for(dtype, *tiling, cluster=cluster, split=split, high=high)
+        forward_sm90.plan_for(dtype, *tiling, cluster=cluster, neighbours=neighbours, split=split, high=high)
         for dtype, tiling, high in itertools.product(DTYPES[:2], tilings, (False, True))
-        for cluster, split in ((1, False), (1, True), *((size, False) for size in (2, 3, 4) if tiling[1] == 1))
+        for cluster, neighbours, split in (
+            *((1, 1, False), (1, 1, True)),
+            *((size, 1, False) for size in (2, 3, 4) if tiling[1] == 1),
+            *((1, size, False) for size in (2,) if tiling[0] <= 96),
+        )
     ]
     floats = [forward_sm90.float_plan_for(*tiling) for tiling in tilings if tiling[0] != 96]
     return hopper + floats + sorted(plans, key=repr) + scans

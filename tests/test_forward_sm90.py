@@ -131,6 +131,25 @@ def test_blocks_of_a_head_are_a_cluster_where_all_are_there_at_once(play, num_he
     assert launch.grid[0] == num_heads * -(-v_dim // 64) == args["num_rows"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "neighbours"),
+    [
+        ((8, 16, 8192, 64), 2),
+        ((4, 32, 2048, 96), 2),
+        ((2, 67, 1024, 64), 2),
+        ((1, 131, 8192, 64), 1),  # one row would have none
+        ((8, 16, 512, 64), 1),  # over before it pays
+        ((4, 32, 8192, 128), 1),  # pieces of 256 bytes
+        ((1, 8, 8192, 64), 1),  # cut
+    ],
+)
+def test_blocks_of_small_heads_load_in_step(play, shape, neighbours):
+    play(Driver())
+    launch, _ = only_launch(forward_sm90.steps(problem_of(*shape)))
+    assert dict(launch.constants)["NEIGHBOURS"] == neighbours
+    assert launch.grid[0] % neighbours == 0
+
+
 @pytest.mark.parametrize("num_sms", [132, 114, 78, 1])
 @pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (40, 128), (96, 96), (128, 128), (192, 256), (256, 8)])
 def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
@@ -147,7 +166,7 @@ def test_teams_fit_the_sequence_and_the_gpu(play, qk_dim, v_dim, num_sms):
             assert 0 < last <= others, "a member without tokens, or tokens left"
         assert constants["SPLIT"] == (team_size > 1)
         assert launch.cooperative == (team_size > 2) == bool(steps.buffers)
-        assert launch.grid[0] % constants["CLUSTER"] == 0
+        assert launch.grid[0] % (constants["CLUSTER"] * constants["NEIGHBOURS"]) == 0
         assert launch.grid[1:] == (team_size, 1)
         # Blocks that wait for each other are all there at once, and two states of each are all that they need.
         limit = num_sms if team_size > 1 else int(args["num_rows"])
