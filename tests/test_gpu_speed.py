@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from conftest import BOUNDS, relative_rms
 
@@ -10,13 +12,14 @@ from lightning_cupy import lightning_attention, reference, slopes
 pytestmark = pytest.mark.gpu
 
 
-def median_milliseconds(torch, call, count: int = 30) -> float:
-    """Device time of a call with an empty L2 cache, the host well ahead."""
+def median_milliseconds(torch, call, count: int = 30, rests: float = 0) -> float:
+    """Device time of a call with an empty L2 cache, the host well ahead; between calls the device rests."""
     flush = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
     for _ in range(3):
         call()
     times = []
     for _ in range(count):
+        time.sleep(rests * min(times, default=0) / 1e3)
         flush.amax()  # read: what is written goes back to memory later, while the call is timed
         torch.cuda._sleep(1_000_000)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -52,3 +55,30 @@ def test_forward_beats_flash_linear_attention():
     print(f"\n{name}, batch 4, 32 heads, 2048 tokens, head_dim 128, bfloat16: lightning_cupy {ours:.3f} ms, ")
     print(f"flash-linear-attention {theirs:.3f} ms, {theirs / ours:.2f} times; copy {gigabytes / copy:.0f} GB/s")
     assert ours < theirs
+
+
+def test_a_token_takes_as_long_in_a_million_as_in_eight_thousand():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    name = torch.cuda.get_device_name()
+    if "H200" not in name:
+        pytest.skip(f"the claim is for an H200, this is {name}")
+    lengths, num_heads, head_dim = (8192, 32_768, 131_072, 1_048_576), 64, 128
+    free, _ = torch.cuda.mem_get_info()
+    wanted = 4.5 * lengths[-1] * num_heads * head_dim * 2
+    if free < wanted:
+        pytest.skip(f"{wanted / 1e9:.0f} GB of memory wanted, {free / 1e9:.0f} are free")
+    decay = torch.tensor(slopes(num_heads), device="cuda")
+    q, k, v = (
+        torch.randn(1, lengths[-1], num_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    )
+    out = torch.empty_like(v)
+    nanoseconds = {}
+    for length in lengths:
+        arrays = [x[:, :length] for x in (q, k, v, out)]
+        # With rests, or after some tenths of a second the GPU has reached its 700 W, and lowers its clock.
+        milliseconds = median_milliseconds(
+            torch, lambda arrays=arrays: lightning_attention(*arrays, slopes=decay), count=9, rests=20
+        )
+        nanoseconds[length] = milliseconds / length * 1e6
+    print(f"\n{name}, 64 heads, head_dim 128, bfloat16: ns a token {nanoseconds}")
+    assert max(nanoseconds.values()) <= 1.05 * nanoseconds[lengths[0]]
