@@ -68,9 +68,7 @@ def test_a_token_takes_as_long_in_a_million_as_in_eight_thousand():
     if free < wanted:
         pytest.skip(f"{wanted / 1e9:.0f} GB of memory wanted, {free / 1e9:.0f} are free")
     decay = torch.tensor(slopes(num_heads), device="cuda")
-    q, k, v = (
-        torch.randn(1, lengths[-1], num_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )
+    q, k, v = (torch.randn(1, lengths[-1], num_heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = torch.empty_like(v)
     nanoseconds = {}
     for length in lengths:
