@@ -326,22 +326,23 @@ def steps(problem: Problem) -> Steps:
         # Blocks of one group read q and k of a head from L2 again, but there are enough of them for more SMs.
         is_wide = problem.v_dim > 64 and num_heads * -(-problem.v_dim // 64) > problem.num_sms
         tiling = Tiling(2 if is_wide and problem.qk_dim <= 128 else 1)
-        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, tiling.v_groups)
     else:
         tiling = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
-        num_rows = num_heads * -(-problem.v_dim // (64 * tiling.v_groups))
-        plan = plan_for(
-            problem.dtype,
-            problem.qk_dim,
-            tiling.v_groups,
-            cluster=tiling.cluster,
-            neighbours=neighbours_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
-            split=tiling.team_size > 1,
-            high=problem.high,
-        )
     v_groups, team_size = tiling.v_groups, tiling.team_size
     num_v_blocks = -(-problem.v_dim // (64 * v_groups))
     num_rows = num_heads * num_v_blocks
+    if problem.dtype == "float32":
+        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups)
+    else:
+        plan = plan_for(
+            problem.dtype,
+            problem.qk_dim,
+            v_groups,
+            cluster=tiling.cluster,
+            neighbours=neighbours_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
+            split=team_size > 1,
+            high=problem.high,
+        )
     num_teams = min(problem.num_sms // team_size, num_rows) if team_size > 1 else num_rows
 
     pointers: dict[str, str] = {}
