@@ -9,7 +9,6 @@ import concurrent.futures
 import functools
 import itertools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -755,9 +754,8 @@ def test_host_time(request, library, limit):
     if library == "torch":
         request.getfixturevalue("torch")
     tests = Path(__file__).parent
-    slowest = []
-    # By the core that a process happens to get, all in it takes up to 1.8 times as long, an empty kernel as well.
-    while len(slowest) < 5 and min(slowest, default=math.inf) > limit:
+    runs = []
+    for _ in range(5):
         finished = subprocess.run(
             [sys.executable, str(tests / "host_time.py"), library],
             env=os.environ | {"PYTHONPATH": str(tests.parent)},
@@ -768,8 +766,10 @@ def test_host_time(request, library, limit):
         assert finished.returncode == 0, finished.stderr
         times = json.loads(finished.stdout)
         print(f"\nhost us a call, {library}: {', '.join(f'{name} {us:.1f}' for name, us in times.items())}")
-        slowest.append(max(us for name, us in times.items() if name != "empty kernel"))
-    assert min(slowest) <= limit, f"slowest kind of call in each of five processes, us: {slowest}"
+        runs.append(times)
+    # By the core that a process happens to get, all in it takes up to 1.8 times as long: an empty kernel tells which.
+    quickest = min(runs, key=lambda times: times["empty kernel"])
+    assert max(us for name, us in quickest.items() if name != "empty kernel") <= limit
 
 
 def test_eight_threads_at_once(rng):
