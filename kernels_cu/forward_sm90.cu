@@ -28,26 +28,26 @@
 constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
 constexpr int kThreads = 128 * (2 + kGroups), kPBuffers = 2;
 constexpr bool kSplit = SPLIT, kHigh = HIGH;
-constexpr int kProducerRegisters = kGroups == 1 ? 72 : 32, kScoresRegisters = kGroups == 1 ? 128 : 80;
+constexpr int kProducerRegisters = kGroups == 1 ? 72 : 40, kScoresRegisters = kGroups == 1 ? 128 : 72;
 constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
 static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
               "an SM has 65536 registers");
 static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
 static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neighbours is one block of each row");
 
-constexpr int kScoresBarrier = 3;
+constexpr int kScoresBarrier = 3, kPTiles = kHigh ? 2 : 1;
 
-struct Scores {
-  alignas(1024) Tile tile[kHigh ? 2 : 1];
-  float unit[kChunk], to_unit[kChunk];  // float16: what one in a row stands for, and its inverse
+// What one in a row of P stands for, and its inverse. bfloat16 has no use for it.
+struct ScoresUnits {
+  float unit[kBfloat16 ? 1 : kChunk], to_unit[kBfloat16 ? 1 : kChunk];
 };
-constexpr int kScoresBytes = kBfloat16 ? sizeof(Scores::tile) : sizeof(Scores::tile) + 2 * kChunk * sizeof(float);
 
 struct Shared {
   alignas(1024) Tile q[kQStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
   Tile o[kGroups][kOutputBuffers];
-  uint16_t zeros[8][64];
-  Scores p[kPBuffers];
+  uint16_t zeros[8][64];  // read over and over; compute-sanitizer counts 4 KiB from here on, so not at the end
+  Tile p[kPBuffers][kPTiles];
+  ScoresUnits p_units[kPBuffers];
   float o_decay[kGroups][kChunk];  // scale decay^(i+1)
   Decay decay[kGroups];
   float segment_decay[kGroups];  // decay^segment_length
@@ -58,7 +58,7 @@ struct Shared {
   uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
   uint64_t in_step;  // all neighbours are about to load
 };
-static_assert(sizeof(Shared) + 1024 <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
+static_assert(sizeof(Shared) <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 
 // One warp has used a stage: the first lanes tell the blocks of the cluster.
 __device__ __forceinline__ void release(uint64_t& empty) {
@@ -321,7 +321,6 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
     for (int i = 0; i < 32; i++) p[i] *= factor[i];
 
     int buffer = p_uses % kPBuffers;
-    Scores& scores = shared.p[buffer];
     wait_for_p_empty(shared, p_uses, rank);
     if constexpr (!kBfloat16) {
 #pragma unroll
@@ -333,8 +332,8 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
 #pragma unroll
         for (int i = 0; i < 16; i++) p[i / 2 * 4 + half * 2 + i % 2] *= to_unit(exponent);
         if (lane % 4 == 0) {
-          scores.unit[warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
-          scores.to_unit[warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
+          shared.p_units[buffer].unit[warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
+          shared.p_units[buffer].to_unit[warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
         }
       }
     }
@@ -351,8 +350,8 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
           high[i] = pack<kBfloat16>(x, y);
         }
       }
-      stmatrix_x4(swizzled(scores.tile[0], row, pair * 2 + lane / 16), high);
-      if constexpr (kHigh) stmatrix_x4(swizzled(scores.tile[1], row, pair * 2 + lane / 16), low);
+      stmatrix_x4(swizzled(shared.p[buffer][0], row, pair * 2 + lane / 16), high);
+      if constexpr (kHigh) stmatrix_x4(swizzled(shared.p[buffer][1], row, pair * 2 + lane / 16), low);
     }
     fence_proxy_async();
     if constexpr (kCluster == 1) {
@@ -361,7 +360,12 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
     } else {
       named_barrier(kScoresBarrier, 128);
       if (thread == rank) mbarrier_arrive(shared.p_full[buffer]);
-      if (thread != rank && thread < kCluster) copy_to(thread, &scores, kScoresBytes, shared.p_full[buffer]);
+      if (thread != rank && thread < kCluster) {
+        constexpr int kUnitsBytes = kBfloat16 ? 0 : sizeof(ScoresUnits);
+        mbarrier_arrive_expect_tx_at(thread, shared.p_full[buffer], kPTiles * kTileBytes + kUnitsBytes);
+        copy_to(thread, shared.p[buffer], kPTiles * kTileBytes, shared.p_full[buffer]);
+        if constexpr (kUnitsBytes > 0) copy_to(thread, &shared.p_units[buffer], kUnitsBytes, shared.p_full[buffer]);
+      }
     }
   }
 }
@@ -553,7 +557,7 @@ struct Group {
       int token = pair * 8 + lane % 4 * 2;
       float2 factor = decay[pair];
       if constexpr (!kBfloat16) {
-        float2 to_unit = *reinterpret_cast<const float2*>(&shared.p[buffer].to_unit[token]);
+        float2 to_unit = *reinterpret_cast<const float2*>(&shared.p_units[buffer].to_unit[token]);
         factor.x *= to_unit.x;
         factor.y *= to_unit.y;
       }
@@ -567,8 +571,8 @@ struct Group {
     for (int step = 0; step < 4; step++) {
       uint64_t v_step = wgmma_descriptor_in_32_bits(shared.v[ring.stage][group], step * 2048);
 #pragma unroll
-      for (int part = 0; part < (kHigh ? 2 : 1); part++) {
-        uint64_t p_step = wgmma_descriptor_in_32_bits(shared.p[buffer].tile[part], step * 32);
+      for (int part = 0; part < kPTiles; part++) {
+        uint64_t p_step = wgmma_descriptor_in_32_bits(shared.p[buffer][part], step * 32);
         wgmma_64x64x16<kBfloat16, true, false>(o, v_step, p_step, 1);
       }
     }
@@ -581,7 +585,7 @@ struct Group {
     if constexpr (!kBfloat16) {
 #pragma unroll
       for (int pair = 0; pair < 8; pair++) {
-        float2 unit = *reinterpret_cast<const float2*>(&shared.p[buffer].unit[pair * 8 + lane % 4 * 2]);
+        float2 unit = *reinterpret_cast<const float2*>(&shared.p_units[buffer].unit[pair * 8 + lane % 4 * 2]);
         o[pair * 4] *= unit.x;
         o[pair * 4 + 1] *= unit.y;
         o[pair * 4 + 2] *= unit.x;
@@ -756,9 +760,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
 
 extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ HopperArgs args) {
-  extern __shared__ unsigned char shared_bytes[];
-  // Swizzled tiles start at multiples of 1024 bytes.
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes + (-shared_address(shared_bytes) & 1023));
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // Different warps, since fences wait for what their warp has begun.
   if (warp == 0) {

@@ -53,11 +53,15 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t rank, uint64_t& barr
                : "memory");
 }
 
-// PTX 9.7.9.25.5.1: bytes to the same place in another block, whose `barrier` counts them and one arrival.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx_at(uint32_t rank, uint64_t& barrier, uint32_t num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(shared_address_of(rank, &barrier)),
+               "r"(num_bytes)
+               : "memory");
+}
+
+// PTX 9.7.9.25.5.1: bytes to the same place in another block, whose `barrier` counts them.
 __device__ __forceinline__ void copy_to(uint32_t rank, const void* shared, uint32_t num_bytes, uint64_t& barrier) {
   uint32_t target = shared_address_of(rank, shared), full = shared_address_of(rank, &barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(full), "r"(num_bytes)
-               : "memory");
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    target),
                "r"(shared_address(shared)), "r"(num_bytes), "r"(full)

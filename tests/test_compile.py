@@ -33,13 +33,15 @@ Plan = forward.ForwardPlan | forward.ScanPlan | forward_sm90.HopperPlan | forwar
 
 def accepted_spills(plan: Plan) -> int:
     """Bytes of spill stores and loads each, and of stack, that a plan may have."""
-    # Hopper's registers are set by hand for each role, and where an SM's are the tightest a team's walk, or float32,
-    # wants a few more: what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
-    is_tight = isinstance(plan, HOPPER_PLANS) and (plan.v_groups == 2 or plan.qk_dim == 256)
-    if is_tight and (plan.dtype == "float32" or plan.split):
-        return 64
-    has_one_word = is_tight and plan.neighbours == 2  # of the producer
-    return 8 if has_one_word or plan == forward_sm90.plan_for("float16", 128, 1, split=True, high=True) else 0
+    # Hopper's registers are set by hand for each role, and where an SM's are the tightest some plans want a few more:
+    # what is spilled is a few words beside hundreds of instructions, and differs with NVRTC.
+    if isinstance(plan, forward_sm90.HopperFloatPlan):
+        return 64 if plan.v_groups == 2 else 0
+    if isinstance(plan, forward_sm90.HopperPlan) and plan.split:
+        if plan.dtype == "float16" and plan.qk_dim == 256:
+            return 64
+        return 8 if plan.v_groups == 2 or plan.high else 0
+    return 0
 
 
 def arch_of(plan: Plan) -> int:
