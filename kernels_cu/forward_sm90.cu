@@ -37,9 +37,9 @@ static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neig
 
 constexpr int kScoresBarrier = 3, kPTiles = kHigh ? 2 : 1;
 
-// What one in a row of P stands for, and its inverse. bfloat16 has no use for it.
+// float16: what one in a row of P stands for, and its inverse.
 struct ScoresUnits {
-  float unit[kBfloat16 ? 1 : kChunk], to_unit[kBfloat16 ? 1 : kChunk];
+  float unit[kChunk], to_unit[kChunk];
 };
 
 struct Shared {

@@ -128,7 +128,7 @@ def lightning_attention(
     return_state : bool, default False
         Whether to return the state behind the last token too.
     precision : {"default", "high"}, default "default"
-        "high" leaves only the rounding of the result in float16 and bfloat16, at up to 1.6 times the time; causal, on
+        "high" leaves only the rounding of the result in float16 and bfloat16, at up to 1.4 times the time; causal, on
         GPUs of compute capability 9.0, for arrays whose last axis is contiguous and whose pointers and other strides
         are multiples of 16 bytes. Everything else, but causal float16 and bfloat16 on GPUs, is as exact anyway.
     backend : {"auto", "cuda", "cpu"}, default "auto"

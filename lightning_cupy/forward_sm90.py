@@ -68,14 +68,11 @@ class HopperPlan:
         )
 
 
-def _smem_bytes(
-    dtype: Dtype, qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: int, output_buffers: int
-) -> int:
+def _smem_bytes(qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: int, output_buffers: int) -> int:
     """Bytes of `Shared`, in its order."""
     blocks = -(-qk_dim // 64)
     tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
-    p_units = 2 * (64 if dtype == "float16" else 1) * 2 * 4
-    tables = 1024 + p_units + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
+    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
     barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers + 1)
     return -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
 
@@ -98,7 +95,7 @@ def plan_for(
     qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
     for output_buffers, q_stages, more in itertools.product((2, 1), (6, 5, 4, 3, 2), (1, 0)):
         stages = q_stages + more
-        smem_bytes = _smem_bytes(dtype, qk_dim, v_groups, high, q_stages, stages, output_buffers)
+        smem_bytes = _smem_bytes(qk_dim, v_groups, high, q_stages, stages, output_buffers)
         if stages >= 3 and smem_bytes <= _MAX_SMEM_BYTES:
             tiling = (q_stages, stages, output_buffers, smem_bytes)
             return HopperPlan(dtype, qk_dim, v_groups, cluster, neighbours, split, high, *tiling)

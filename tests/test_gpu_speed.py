@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import BOUNDS, relative_rms
 
-from lightning_cupy import lightning_attention, reference, slopes
+from lightning_cupy import bench, lightning_attention, reference, slopes
 
 pytestmark = pytest.mark.gpu
 
@@ -31,12 +31,18 @@ def median_milliseconds(torch, call, count: int = 30, rests: float = 0) -> float
     return sorted(times)[count // 2]
 
 
-def test_forward_beats_flash_linear_attention():
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    peer = pytest.importorskip("fla.ops.simple_gla", reason="flash-linear-attention is not installed")
+def name_of_h200(torch) -> str:
+    """Return the device's name, or skip the test if it is another GPU than the claims are for."""
     name = torch.cuda.get_device_name()
     if "H200" not in name:
         pytest.skip(f"the claim is for an H200, this is {name}")
+    return name
+
+
+def test_forward_beats_flash_linear_attention():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    peer = pytest.importorskip("fla.ops.simple_gla", reason="flash-linear-attention is not installed")
+    name = name_of_h200(torch)
     batch, num_heads, seqlen, head_dim = 4, 32, 2048, 128
     q, k, v = (torch.randn(batch, seqlen, num_heads, head_dim, device="cuda").bfloat16() for _ in range(3))
     decay = torch.tensor(slopes(num_heads), device="cuda")
@@ -59,9 +65,7 @@ def test_forward_beats_flash_linear_attention():
 
 def test_a_token_takes_as_long_in_a_million_as_in_eight_thousand():
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    name = torch.cuda.get_device_name()
-    if "H200" not in name:
-        pytest.skip(f"the claim is for an H200, this is {name}")
+    name = name_of_h200(torch)
     lengths, num_heads, head_dim = (8192, 32_768, 131_072, 1_048_576), 64, 128
     free, _ = torch.cuda.mem_get_info()
     wanted = 4.5 * lengths[-1] * num_heads * head_dim * 2
@@ -80,3 +84,22 @@ def test_a_token_takes_as_long_in_a_million_as_in_eight_thousand():
         nanoseconds[length] = milliseconds / length * 1e6
     print(f"\n{name}, 64 heads, head_dim 128, bfloat16: ns a token {nanoseconds}")
     assert max(nanoseconds.values()) <= 1.05 * nanoseconds[lengths[0]]
+
+
+@pytest.mark.parametrize("shape", bench.DEFAULT_SHAPES, ids=str)
+def test_high_precision_takes_little_more_time(shape):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    name = name_of_h200(torch)
+    sizes = shape.batch, shape.seqlen, shape.num_heads, shape.head_dim
+    q, k, v = (torch.randn(sizes, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out, decay = torch.empty_like(v), torch.tensor(slopes(shape.num_heads), device="cuda")
+    default, high = (
+        median_milliseconds(
+            torch,
+            lambda precision=precision: lightning_attention(q, k, v, out, slopes=decay, precision=precision),
+            count=11,
+        )
+        for precision in ("default", "high")
+    )
+    print(f"\n{name}, {shape}, bfloat16: {default:.4f} ms, high precision {high:.4f} ms, {high / default:.2f} times")
+    assert high <= 1.6 * default
