@@ -20,7 +20,8 @@
 // outputs. In a team of two, the second makes the state that it needs, of the segment in front of its own, which is
 // the longer for it. In a larger team each makes what its segment adds; then they exchange through memory, each a slice
 // of the elements, the states in front of the segments. Those blocks wait for each other, so all must be resident:
-// forward_sm90.py launches cooperatively.
+// forward_sm90.py launches cooperatively. Teams have the same size or, where each row has its own, more members for the
+// rows that remember longer, since their states take more time.
 //
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
@@ -42,6 +43,13 @@ struct ScoresUnits {
   float unit[kChunk], to_unit[kChunk];
 };
 
+// SPLIT: the team that this block is a member of, the rows that it takes in turn, and how it shares out a sequence.
+struct Team {
+  int idx, num_teams, num_rows, size, member;
+  int first_member;  // how many members the teams before it have
+  int first_length, segment_length;
+};
+
 struct Shared {
   alignas(1024) Tile q[kQStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
   Tile o[kGroups][kOutputBuffers];
@@ -51,6 +59,7 @@ struct Shared {
   float o_decay[kGroups][kChunk];  // scale decay^(i+1)
   Decay decay[kGroups];
   float segment_decay[kGroups];  // decay^segment_length
+  Team team;
   // Of a stage: q, k or v have arrived; all blocks of the cluster have used theirs. q is done with long before k and v.
   // Of p likewise: it is in this block; the next that this block makes may go to the same buffer of all.
   uint64_t q_full[kQStages], q_empty[kQStages], k_full[kStages], v_full[kStages], kv_empty[kStages];
@@ -79,26 +88,69 @@ struct Pass {
   __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
 };
 
+// How many tokens it takes until the decay of a float is 0. Without decay, more than there are.
+__device__ __forceinline__ int memory(double slope) {
+  return 1 + static_cast<int>(fminf(__fdividef(104.0f, fmaxf(static_cast<float>(slope), 1e-8f)), 1e9f));
+}
+
+// Teams of one row each, with more members for rows that remember longer: by one warp, a lane for each row. Time is
+// counted in chunks of outputs; a chunk of states takes states_time of it, those that a segment forgets no time. All
+// blocks find the same least time in which as many members suffice as there are.
+__device__ __forceinline__ void balance(Team& team, const HopperArgs& args) {
+  auto divide = [](int x, int by) { return static_cast<int>(__fdividef(x + 0.5f, by)); };  // right below 2^20
+  const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
+  const int num_chunks = (args.seqlen + kChunk - 1) / kChunk, head = divide(lane, args.num_v_blocks);
+  const double slope = slope_of(args, lane < args.num_rows ? head - divide(head, args.num_heads) * args.num_heads : 0);
+  const float remembered = memory(slope) / kChunk + 1;
+  float too_little = __fdividef(num_chunks * args.num_rows, num_blocks);
+  float enough = (1 + args.states_time) * (divide(num_chunks - 1, divide(num_blocks, args.num_rows)) + 1.01f);
+  int chunks, size;
+#pragma unroll 1
+  for (int num_left = 6; num_left >= 0; num_left--) {
+    float time = num_left > 0 ? (enough + too_little) / 2 : enough;
+    float with_all_states = __fdividef(time, 1 + args.states_time);
+    chunks = max(1, static_cast<int>(fmaxf(with_all_states, time - args.states_time * remembered)));
+    size = lane < args.num_rows ? divide(num_chunks + chunks - 1, chunks) : 0;
+    (__reduce_add_sync(~0u, size) <= num_blocks ? enough : too_little) = time;
+  }
+  int behind = size;  // members of this lane's team and of those before it
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    int more = __shfl_up_sync(~0u, behind, distance);
+    if (lane >= distance) behind += more;
+  }
+  if (lane == 31 && behind <= block) team.num_rows = 0;  // a block too many
+  if (behind - size <= block && block < behind) {
+    team = {lane, args.num_rows, 1, size, block - (behind - size), behind - size,
+            (num_chunks - (size - 1) * chunks) * kChunk, chunks * kChunk};
+  }
+}
+
+// By one warp.
+__device__ __forceinline__ void join_team(Team& team, const HopperArgs& args) {
+  if (args.states_time > 0) return balance(team, args);
+  int idx = blockIdx.x, num_teams = gridDim.x, num_rows = (args.num_rows - idx + num_teams - 1) / num_teams;
+  team = {idx, num_teams, num_rows, args.team_size, static_cast<int>(blockIdx.y), idx * args.team_size,
+          args.first_length, args.segment_length};
+}
+
 // A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
 struct Schedule {
   const HopperArgs& args;
-  int team, num_teams, member, num_rows, rank;
-
-  __device__ __forceinline__ explicit Schedule(const HopperArgs& args) : args(args) {
-    rank = blockIdx.x % kCluster;
-    team = blockIdx.x;
-    member = blockIdx.y;
-    num_teams = gridDim.x;
-    num_rows = kSplit ? (args.num_rows - team + num_teams - 1) / num_teams : 1;
-  }
+  const Team& team;
+  const int rank = blockIdx.x % kCluster;
 
   // With SPLIT, two for each row: its state, its outputs.
-  __device__ __forceinline__ int num_passes() const { return kSplit ? 2 * num_rows : 1; }
+  __device__ __forceinline__ int num_passes() const { return kSplit ? 2 * team.num_rows : 1; }
+
+  // Two members need no exchange.
+  __device__ __forceinline__ bool is_pair() const { return kSplit && args.team_size == 2; }
+  __device__ __forceinline__ bool is_last() const { return !kSplit || team.member == team.size - 1; }
 
   __device__ __forceinline__ Pass operator[](int idx) const {
     Pass pass;
     pass.outputs = !kSplit || idx % 2 == 1;
-    pass.row = team + idx / 2 * num_teams;
+    pass.row = kSplit ? team.idx + idx / 2 * team.num_teams : blockIdx.x;
     int head = pass.row / args.num_v_blocks;
     pass.v_block = pass.row - head * args.num_v_blocks;
     pass.batch_idx = head / args.num_heads;
@@ -108,11 +160,11 @@ struct Schedule {
     if (kSplit) {
       // Of two members, the second makes the state that it needs itself, and has fewer outputs; of more, each makes
       // what its segment adds, and they exchange it.
-      int segment = pass.outputs || args.team_size > 2 ? member : member - 1;
-      if (segment > 0) pass.first_token = args.first_length + (segment - 1) * args.segment_length;
-      pass.num_tokens = min(segment == 0 ? args.first_length : args.segment_length, args.seqlen - pass.first_token);
+      int segment = pass.outputs || !is_pair() ? team.member : team.member - 1;
+      if (segment > 0) pass.first_token = team.first_length + (segment - 1) * team.segment_length;
+      pass.num_tokens = min(segment == 0 ? team.first_length : team.segment_length, args.seqlen - pass.first_token);
       if (!pass.outputs) {
-        if (segment < 0 || segment == args.team_size - 1) {
+        if (segment < 0 || segment == team.size - 1) {
           pass.num_tokens = 0;  // nothing is in front of it, or behind it
         } else if (segment > 0 || args.initial_state == nullptr) {
           int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
@@ -122,11 +174,6 @@ struct Schedule {
       }
     }
     return pass;
-  }
-
-  // How many tokens it takes until the decay of a float is 0. Without decay, more than there are.
-  static __device__ __forceinline__ int memory(double slope) {
-    return 1 + static_cast<int>(fminf(__fdividef(104.0f, fmaxf(static_cast<float>(slope), 1e-8f)), 1e9f));
   }
 };
 
@@ -165,7 +212,7 @@ __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, 
   QRing q_ring;
   KvRing ring;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
-    if (idx > 0) pass = schedule[idx];
+    if (kSplit || idx > 0) pass = schedule[idx];
     int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
       int token = pass.first_token + chunk * kChunk, stage = ring.stage;
@@ -216,20 +263,22 @@ __device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, co
 constexpr int kStateSize = kGroups * kQkDim * 64;  // of a row, padded
 constexpr int kGroupBarrier = 1;                   // and the next
 
-// States behind the team's segments but the last, [team_size - 1, kStateSize]: first what each segment adds, then what
-// there is. Rows take turns between two, since a block may be at the next row while another still reads.
+// States behind the team's segments but the last, [size - 1, kStateSize]: first what each segment adds, then what there
+// is. Rows take turns between two, since a block may be at the next row while another still reads.
 __device__ __forceinline__ float* states_of(const Schedule& schedule, int row_idx) {
-  int64_t num_states = schedule.args.team_size - 1;
-  return schedule.args.workspace + (schedule.team * 2 + row_idx % 2) * num_states * kStateSize;
+  const Team& team = schedule.team;
+  int64_t first_state = (team.first_member - team.idx) * 2 + row_idx % 2 * (team.size - 1);
+  return schedule.args.workspace + first_state * kStateSize;
 }
 
 // A group's flag at one of the two meetings of its team, or another's.
 enum Meeting { kAdded, kScanned };
 __device__ __forceinline__ uint64_t* flag(const Schedule& schedule, Meeting meeting, int idx) {
-  const HopperArgs& args = schedule.args;
-  int64_t num_states = static_cast<int64_t>(schedule.num_teams) * 2 * (args.team_size - 1);
-  uint64_t* flags = reinterpret_cast<uint64_t*>(args.workspace + num_states * kStateSize);
-  return flags + (schedule.team * 2 + meeting) * args.team_size * kGroups + idx;
+  const Team& team = schedule.team;
+  const int num_members = gridDim.x * gridDim.y;
+  int64_t num_states = 2 * (num_members - team.num_teams);
+  uint64_t* flags = reinterpret_cast<uint64_t*>(schedule.args.workspace + num_states * kStateSize);
+  return flags + (meeting * num_members + team.first_member) * kGroups + idx;
 }
 
 // The groups of all blocks of a team come to a point: each sets its flag to a value that no flag has had.
@@ -237,15 +286,15 @@ __device__ __forceinline__ void meet_team(const Schedule& schedule, Meeting meet
   int thread = threadIdx.x % 128, barrier = kGroupBarrier + group;
   uint64_t value = schedule.args.first_flag + pass_idx;
   named_barrier(barrier, 128);  // what is released are the writes of all its threads
-  if (thread == 0) store_release(flag(schedule, meeting, schedule.member * kGroups + group), value);
-  for (int idx = thread; idx < schedule.args.team_size * kGroups; idx += 128) {
+  if (thread == 0) store_release(flag(schedule, meeting, schedule.team.member * kGroups + group), value);
+  for (int idx = thread; idx < schedule.team.size * kGroups; idx += 128) {
     while (load_acquire(flag(schedule, meeting, idx)) != value) __nanosleep(20);
   }
   named_barrier(barrier, 128);
 }
 
 __device__ __forceinline__ void clear_flag(const Schedule& schedule, Meeting meeting, int group) {
-  if (threadIdx.x % 128 == 0) *flag(schedule, meeting, schedule.member * kGroups + group) = 0;
+  if (threadIdx.x % 128 == 0) *flag(schedule, meeting, schedule.team.member * kGroups + group) = 0;
 }
 
 // In place, what segments add becomes the states behind them: this block's slice of the elements, kWidth a thread at a
@@ -253,13 +302,13 @@ __device__ __forceinline__ void clear_flag(const Schedule& schedule, Meeting mee
 __device__ __forceinline__ void scan(const Schedule& schedule, float* states, int group, float decay) {
   // One where registers have no room for more.
   constexpr int kAhead = 16, kWidth = kQkDim <= 64 || (kGroups == 2 && kBfloat16) ? 2 : 1;
-  const int num_states = schedule.args.team_size - 1;
+  const int num_states = schedule.team.size - 1;
   const int per_member = (kStateSize / kWidth + num_states) / (num_states + 1);
-  const int end = min(kStateSize / kWidth, (schedule.member + 1) * per_member);
+  const int end = min(kStateSize / kWidth, (schedule.team.member + 1) * per_member);
   uint32_t thread = group * 128 + threadIdx.x % 128;
   forget_origin(thread);
 #pragma unroll 1
-  for (int idx = schedule.member * per_member + thread; idx < end; idx += 128 * kGroups) {
+  for (int idx = schedule.team.member * per_member + thread; idx < end; idx += 128 * kGroups) {
     float* state = states + idx * kWidth;
     float x[kWidth] = {};
 #pragma unroll 1
@@ -446,7 +495,7 @@ struct Group {
       shared.o_decay[group][thread] = static_cast<float>(args.scale) * power(thread + 1);
       fill(shared.decay[group], thread, slope, args.seqlen);
     }
-    if (kSplit && thread == kChunk) shared.segment_decay[group] = power(args.segment_length);
+    if (kSplit && thread == kChunk) shared.segment_decay[group] = power(shared.team.segment_length);
     named_barrier(barrier, 128);
   }
 
@@ -696,10 +745,10 @@ struct Group {
 __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, const Schedule& schedule,
                                        int group_idx) {
   Group group = {shared, args, group_idx};
-  const int member = schedule.member;
+  const int& member = schedule.team.member;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
-    const bool is_pair = kSplit && args.team_size == 2, has_state = kSplit && pass.outputs && member > 0;
+    const bool is_pair = schedule.is_pair(), has_state = kSplit && pass.outputs && member > 0;
     if (!pass.outputs || !kSplit) group.set_decay(slope_of(args, pass.head_idx));
     if (has_state && !is_pair) {
       group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
@@ -713,14 +762,14 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       uint32_t same_idx = idx;
       forget_origin(same_idx);  // or all of `pass` would be kept in registers
       pass = schedule[same_idx];
-      if (args.final_state != nullptr && (!kSplit || member == args.team_size - 1)) {
+      if (args.final_state != nullptr && schedule.is_last()) {
         store_final_state(group.state, group.units, args, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
       if (is_pair) continue;
       float* states = states_of(schedule, idx / 2);
-      if (member < args.team_size - 1) group.store_segment_state(states + member * kStateSize);
+      if (!schedule.is_last()) group.store_segment_state(states + member * kStateSize);
       // A graph that is launched again finds the flags that it left, with the same values. So they are cleared:
       // kScanned before anybody looks for it, kAdded when all have seen it.
       if (idx == 0) clear_flag(schedule, kScanned, group_idx);
@@ -771,9 +820,11 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     fence_proxy_async();
   } else if (warp == 2 && lane < 4) {
     prefetch_tensor_map((&args.q)[lane]);
+  } else if (kSplit && warp == 3) {
+    join_team(shared.team, args);
   }
-  Schedule schedule(args);
-  Pass first_pass = schedule[0];
+  Schedule schedule = {args, shared.team};
+  Pass first_pass = kSplit ? Pass{} : schedule[0];
   __syncthreads();
   if constexpr (kBlocks > 1) cluster_barrier();
   int warpgroup = threadIdx.x / 128;

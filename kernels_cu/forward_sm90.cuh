@@ -11,8 +11,8 @@ struct HopperArgs {
   TensorMap q, k, v, o;
   float* final_state;          // [batch, num_heads, qk_dim, v_dim] contiguous, or null
   const float* initial_state;  // [batch, num_heads, qk_dim, v_dim], or null for zeros
-  float* workspace;            // forward_sm90.cu, SPLIT: [num_teams, 2, team_size - 1, kStateSize], then flags of
-                               // 8 bytes, [num_teams, 2, team_size, V_GROUPS]
+  float* workspace;            // forward_sm90.cu, SPLIT: of each team [2, size - 1, kStateSize], then flags of 8 bytes,
+                               // [2, members of all teams, V_GROUPS]
   uint64_t first_flag;         // SPLIT: no other launch sets a flag to this value or the next 2^32
   const void* slopes;          // [num_heads] float or double, or null
   StateStrides initial_strides;
@@ -21,6 +21,7 @@ struct HopperArgs {
   int num_rows;                // batch times heads times blocks of v's columns
   int seqlen, first_length, segment_length, team_size;  // lengths of the first member's segment, and of others
   int num_heads, qk_dim, v_dim, num_v_blocks, slopes_are_double;
+  float states_time;           // SPLIT: 0 if all teams are of team_size, else a chunk's time for states over outputs
 };
 
 // Which element of a state a thread of a warpgroup has in a register of its 64 transposed columns of v.

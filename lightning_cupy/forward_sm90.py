@@ -72,7 +72,7 @@ def _smem_bytes(qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: i
     """Bytes of `Shared`, in its order."""
     blocks = -(-qk_dim // 64)
     tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
-    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4)
+    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4) + 8 * 4
     barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers + 1)
     return -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
 
@@ -180,6 +180,10 @@ _ALONE = 1.05  # as many times as long for a block that makes scores which three
 # A cluster does not leave its GPC, of which there are as many as that, of 16 SMs or, some of them, fewer.
 _SMS_OF_A_GPC, _LEAST_SMS_OF_A_GPC = 16, 14
 _MIN_CHUNKS_IN_STEP = 16
+# What outputs of a segment take at least, to be worth the microseconds in which the kernel makes teams of different
+# sizes; and what a chunk of states takes, of outputs, where all blocks are busy, by v_groups.
+_MIN_US_TO_BALANCE = 50
+_STATES_TIME = {1: 0.4, 2: 0.55}
 
 
 def cut(num_chunks: int, wanted_size: int, chunks: int) -> tuple[int, int, int]:
@@ -264,6 +268,17 @@ def _times(
         yield -(-num_heads // num_teams) * us, Tiling(v_groups, 1, team_size, first_chunks, chunks)
 
 
+def is_balanced(tiling: Tiling, num_rows: int, qk_dim: int, num_sms: int) -> bool:
+    """Whether each row gets a team of its own size; `qk_dim` is padded.
+
+    The states of heads that forget fast take less time, so such a row needs fewer blocks. Slopes are known on the GPU
+    alone: the kernel shares its blocks out, by a warp that has a lane for each row.
+    """
+    if not (1 < num_rows <= 32 and 2 < tiling.team_size <= num_sms // num_rows and tiling.chunks < 2**12):
+        return False
+    return tiling.chunks * _OUTPUTS_US[qk_dim, tiling.v_groups] >= _MIN_US_TO_BALANCE
+
+
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
 _ARGS = np.dtype(
     [
@@ -274,6 +289,7 @@ _ARGS = np.dtype(
         *((name, np.float64) for name in ("scale", "slope")),
         *((name, np.int32) for name in ("num_rows", "seqlen", "first_length", "segment_length", "team_size")),
         *((name, np.int32) for name in ("num_heads", "qk_dim", "v_dim", "num_v_blocks", "slopes_are_double")),
+        ("states_time", np.float32),
     ]
 )
 _ARGS_BYTES = -(-_ARGS.itemsize // 64) * 64  # tensor maps are aligned to 64 bytes
@@ -342,11 +358,15 @@ def steps(problem: Problem) -> Steps:
             split=team_size > 1,
             high=problem.high,
         )
+    args = np.zeros(1, _ARGS)
     num_teams = min(problem.num_sms // team_size, num_rows) if team_size > 1 else num_rows
+    grid = (num_teams, team_size, 1)
+    if problem.slopes is not None and is_balanced(tiling, num_rows, plan.qk_dim, problem.num_sms):
+        grid = (problem.num_sms, 1, 1)
+        args["states_time"] = _STATES_TIME[v_groups]
 
     pointers: dict[str, str] = {}
     buffers = []
-    args = np.zeros(1, _ARGS)
     for name, (shape, strides, _) in _arrays_of(problem).items():
         args[name] = np.void(_tensor_map.encode(problem.dtype, shape, strides))
         pointers[name] = name
@@ -356,7 +376,8 @@ def steps(problem: Problem) -> Steps:
         pointers["initial_state"], args["initial_strides"] = "initial_state", problem.initial_strides
     if team_size > 2:
         # Two of each state, which rows of a team take in turn, and two flags for each group, of 8 bytes.
-        num_floats = num_teams * 2 * ((team_size - 1) * plan.qk_dim * 64 * v_groups + team_size * v_groups * 2)
+        num_members = grid[0] * grid[1]
+        num_floats = 2 * ((num_members - num_teams) * plan.qk_dim * 64 * v_groups + num_members * v_groups * 2)
         buffers.append(Buffer("workspace", (num_floats,), "float32"))
         pointers |= {"workspace": "workspace", "first_flag": UNIQUE}
     if problem.slopes is not None:
@@ -378,7 +399,7 @@ def steps(problem: Problem) -> Steps:
         plan.file,
         "forward",
         plan.constants,
-        grid=(num_teams, team_size, 1),
+        grid=grid,
         block=(plan.num_threads, 1, 1),
         smem_bytes=plan.smem_bytes,
         arguments=Arguments(args.tobytes().ljust(_ARGS_BYTES, b"\0"), slots),

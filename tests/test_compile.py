@@ -39,7 +39,7 @@ def accepted_spills(plan: Plan) -> int:
         return 64 if plan.v_groups == 2 else 0
     if isinstance(plan, forward_sm90.HopperPlan) and plan.split:
         if plan.dtype == "float16" and plan.qk_dim == 256:
-            return 64
+            return 72
         return 8 if plan.v_groups == 2 or plan.high else 0
     return 0
 

@@ -361,6 +361,36 @@ def test_steps_of_a_split_sequence(play, monkeypatch, slopes_dtype):
     assert tensor_map(args, "v")["dtype"] == 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 
 
+def test_steps_of_teams_of_different_sizes(play):
+    play(Driver())
+    problem = problem_of(1, 8, 32_768, 128, slopes=("float32", 1))
+    launch, args = only_launch(forward_sm90.steps(problem))
+    tiling = forward_sm90.tiling_for(8, 32_768, 128, 128, 132)
+    assert (tiling.v_groups, tiling.team_size) == (2, 16)
+    assert launch.grid == (132, 1, 1), "all blocks, which the kernel shares out"
+    assert launch.cooperative
+    assert 0.1 < args["states_time"] < 1
+    # Of rows that need no state behind their last member, and flags of all.
+    (workspace,) = forward_sm90.steps(problem).buffers
+    assert workspace.shape == (2 * ((132 - 8) * 2 * 128 * 64 + 132 * 2 * 2),)
+    # The same slope for all, or none: teams of one size.
+    for slope in (0.0, 0.5):
+        launch, args = only_launch(forward_sm90.steps(problem_of(1, 8, 32_768, 128, slope=slope)))
+        assert (launch.grid, args["states_time"]) == ((8, 16, 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "team_size", "chunks", "expected"),
+    [
+        *((8, 16, 32, True), (8, 16, 20, False), (8, 16, 4096, False), (8, 17, 32, False), (1, 132, 100, False)),
+        *((32, 4, 100, True), (33, 4, 100, False), (44, 3, 100, False), (2, 2, 100, False), (2, 66, 100, True)),
+    ],
+)
+def test_rows_that_get_teams_of_their_own_size(num_rows, team_size, chunks, expected):
+    tiling = forward_sm90.Tiling(2, 1, team_size, 1, chunks)
+    assert forward_sm90.is_balanced(tiling, num_rows, 128, 132) is expected
+
+
 def test_steps_of_a_pair(play, monkeypatch):
     play(Driver())
     monkeypatch.setattr(forward_sm90, "tiling_for", lambda *_: forward_sm90.Tiling(1, 1, 2, 50, 29))
@@ -416,6 +446,7 @@ C_TYPES = {
     "int64_t": ctypes.c_int64,
     "uint64_t": ctypes.c_uint64,
     "double": ctypes.c_double,
+    "float": ctypes.c_float,
     "int": ctypes.c_int32,
 }
 

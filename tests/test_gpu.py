@@ -528,6 +528,32 @@ def test_hopper_teams_take_rows_in_turn(rng, hopper, poisoned, dtype, head_dim, 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen", [129, 640, 3000, 9001])
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "v_dim", "v_groups"),
+    [(2, 64, 64, 1), (7, 128, 128, 2), (16, 96, 128, 1), (5, 256, 192, 1), (32, 64, 128, 2), (3, 192, 8, 1)],
+)
+def test_hopper_teams_of_different_sizes(
+    rng, hopper, poisoned, monkeypatch, dtype, seqlen, num_heads, head_dim, v_dim, v_groups
+):
+    num_rows = num_heads * -(-v_dim // (64 * v_groups))
+    num_sms = forward._device_properties(0)[1]
+    monkeypatch.setattr(forward_sm90, "_MIN_US_TO_BALANCE", 0)
+    launches = hopper(v_groups, num_sms // num_rows)
+    q, k = (normal(rng, (seqlen, num_heads, head_dim), dtype) for _ in range(2))
+    v = normal(rng, (seqlen, num_heads, v_dim), dtype)
+    state = rng.standard_normal((num_heads, head_dim, v_dim)).astype(np.float32)
+    # From heads that forget within a chunk to one that never does, and one that grows a little.
+    slopes = 10.0 ** rng.uniform(-4, 1, num_heads)
+    slopes[0] = 0
+    for last_slope in (-2 / seqlen, 100.0):
+        slopes[-1] = last_slope
+        check(q, k, v, dtype, slopes=slopes, initial_state=state)
+        check(q, k, v, dtype, slopes=slopes)
+    assert {launch.grid for launch in launches} == {(num_sms, 1, 1)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("decayed", [False, True])
 @pytest.mark.parametrize("team_size", [1, 2, 4])
 @pytest.mark.parametrize(("head_dim", "v_groups"), [(64, 1), (96, 1), (96, 2), (128, 1), (128, 2), (192, 1), (256, 1)])
