@@ -20,7 +20,8 @@ from .forward import ARRAYS
 Signature = tuple[Any, ...]
 
 _MAX_CALLS = 1024
-_calls: dict[Signature, Call] = {}
+# By signature; and the latest by the type of its arrays, since to compare takes half as long as to hash and compare.
+_calls: dict[Signature | type, tuple[Signature, Call]] = {}
 
 _SLOPES = ARRAYS.index("slopes")
 
@@ -125,9 +126,15 @@ def look_up(
     options = causal, return_state, precision, backend
     signature = kind, q_facts, k_facts, v_facts, out, slopes, scale, initial_state, options
     pointers = [o_pointer, q_pointer, k_pointer, v_pointer, 0, initial_pointer, slopes_pointer]
-    call = _calls.get(signature)
-    if call is not None and out is not None and not call.writes_apart(pointers):
-        call = None
+    found = _calls.get(kind)
+    if found is None or found[0] != signature:
+        found = _calls.get(signature)
+        if found is None:
+            return signature, pointers, None
+        _calls[kind] = found
+    call = found[1]
+    if out is not None and not call.writes_apart(pointers):
+        return signature, pointers, None
     return signature, pointers, call
 
 
@@ -135,4 +142,4 @@ def keep(signature: Signature, call: Call) -> None:
     """Let the next call with this signature find this one; when there are too many, all are forgotten."""
     if len(_calls) >= _MAX_CALLS:
         _calls.clear()
-    _calls[signature] = call
+    _calls[signature] = _calls[signature[0]] = signature, call

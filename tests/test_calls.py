@@ -137,6 +137,18 @@ def test_changed_arguments_are_another_call(gpu, rng):
         assert gpu.num_views > before, what
 
 
+def test_calls_that_take_turns_are_found_again(gpu, rng):
+    q, k, v = normal(rng, SHAPE, SHAPE, V_SHAPE)
+    arrays, shorter = [gpu.array(x) for x in (q, k, v)], [gpu.array(x[:, :30]) for x in (q, k, v)]
+    seen = []
+    for _ in range(3):
+        check(lightning_attention(*arrays, slopes=0.5), q, k, v, slopes=0.5)
+        check(lightning_attention(*shorter), q[:, :30], k[:, :30], v[:, :30])
+        check(lightning_attention(*shorter), q[:, :30], k[:, :30], v[:, :30])
+        seen.append(gpu.num_views)
+    assert 0 < seen[0] == seen[1] == seen[2], "looked at only in the first round"
+
+
 def test_sign_of_a_zero_scale(gpu, rng):
     arrays = [gpu.array(x) for x in normal(rng, SHAPE, SHAPE, V_SHAPE)]
     for scale in (0.0, -0.0, 0.0):
