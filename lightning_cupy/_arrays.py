@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import sys
 import threading
 from collections.abc import Callable
@@ -258,6 +257,9 @@ def _cupy_library() -> Library:
         address = data.ptr
         return (array.shape, array.strides, array.dtype, data.device_id, address % 16), address
 
+    def pointer(array: Any) -> int:
+        return array.data.ptr  # type: ignore[no-any-return]
+
     def allocator(_: Any, shape: tuple[int, ...], dtype: str) -> Callable[[Any], Any]:
         numpy_dtype = dtype_of(dtype)
         return lambda _: ndarray(shape, numpy_dtype)
@@ -265,7 +267,7 @@ def _cupy_library() -> Library:
     def stream(device_id: int) -> int:
         return current_stream(device_id).ptr  # type: ignore[no-any-return]
 
-    return Library(read, operator.attrgetter("data.ptr"), allocator, stream, note_write=lambda _: None)
+    return Library(read, pointer, allocator, stream, note_write=lambda _: None)
 
 
 def stream_of(borrowed: View) -> int:

@@ -98,11 +98,8 @@ class Program:
             (names.index(buffer.name), self._library.allocator(like.owner, buffer.shape, buffer.dtype))
             for buffer in (*results, *steps.buffers)
         ]
-        self._num_results = len(results)
+        self._num_results, self._workspace = len(results), [0] * len(steps.buffers)
         arguments = list(dict.fromkeys(step.arguments for step in steps.launches))
-        # Placeholders for what `run` adds behind the pointers that it takes; most programs have nothing to add.
-        needs_unique = any(name == UNIQUE for struct in arguments for _, name in struct.pointers)
-        self._added = [0] * len(steps.buffers) if steps.buffers or needs_unique else None
         self._layouts = [(struct, names) for struct in arguments]
         self._pool: list[list[_Struct]] = []
         self._launches = [
@@ -141,16 +138,15 @@ class Program:
         The other buffers are let go on return, though work on them is only queued: as all memory of CuPy and torch,
         they go to later work on the same stream.
         """
-        _, pointer_of, _, current_stream, _ = self._library
-        if self._added is not None:
-            pointers += self._added
-            pointers.append(next(_unique))
+        library = self._library
+        stream = library.stream(self._device_id)
+        pointers += self._workspace
+        pointers.append(next(_unique))
         buffers = []
         for idx, allocate in self._buffers:
             buffer = allocate(like)
             buffers.append(buffer)
-            pointers[idx] = pointer_of(buffer)
-        stream = current_stream(self._device_id)
+            pointers[idx] = library.pointer(buffer)
         # Nobody else has the structs while they are out of the pool: other threads run while the driver reads them.
         try:
             structs = self._pool.pop()
