@@ -793,11 +793,9 @@ def test_host_time(request, library, limit):
         times = json.loads(finished.stdout)
         print(f"\nhost us a call, {library}: {', '.join(f'{name} {us:.1f}' for name, us in times.items())}")
         runs.append(times)
-    # By what else its core has to do, all in a process takes up to 1.8 times as long: an empty kernel tells how long.
-    # On a quiet core it takes 4.2 us, for which the limits are.
+    # By the core that a process happens to get, all in it takes up to 1.8 times as long: an empty kernel tells which.
     quickest = min(runs, key=lambda times: times["empty kernel"])
-    slowness = max(1, quickest.pop("empty kernel") / 4.2)
-    assert max(quickest.values()) <= limit * slowness
+    assert max(us for name, us in quickest.items() if name != "empty kernel") <= limit
 
 
 def test_eight_threads_at_once(rng):
