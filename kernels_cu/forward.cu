@@ -10,10 +10,13 @@
 // part of an output: that of P or of decayed v, and that of the result. Decays scale accumulators wherever the
 // algebra allows it.
 //
+// With REVERSED=1 from the last token to the first, as forward.cuh has it.
+//
 // float16 has little range: rows of P, and each warp's S and decayed v, are scaled by powers of two, which is exact.
 // On sm_75 bfloat16 tiles become float16 tiles times a power of two. Constants come as -D from
 // lightning_cupy/forward.py.
 #include "forward.cuh"
+#include "units.cuh"
 
 constexpr int kQkDim = QK_DIM, kVBlock = V_BLOCK, kChunk = CHUNK, kStages = STAGES, kThreads = NUM_THREADS;
 constexpr bool kOutputs = OUTPUTS, kCausal = CAUSAL;
@@ -36,25 +39,12 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SMEM_BYTES, "forward.py: smem_bytes is smaller than Shared");
 
-constexpr float kFloatMax = 3.402823466e+38f;
+constexpr float kLeastScale = 0x1p-60f;
 
 // What one in a tile stands for: 1, but for tiles that were converted to float16.
 struct Units {
   float q = 1, k = 1, v = 1;
 };
-
-// 2^14 to 2^15 is where the largest number of a float16 operand is put; `exponent` is a biased float exponent.
-__device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float((268 - exponent) << 23); }
-__device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
-__device__ __forceinline__ int exponent_of(float x) { return __float_as_uint(x) >> 23 & 0xff; }
-// Units stay above 2^-54, so that dividing by them overflows for numbers beyond 2^74 only; that of zeros is 1.
-__device__ __forceinline__ int unit_exponent(float largest) { return largest == 0 ? 141 : max(exponent_of(largest), 87); }
-
-__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-  return x;
-}
 
 template <int kCols, int kPitch>
 __device__ __forceinline__ uint32_t largest_bits(const uint16_t (&tile)[kChunk][kPitch]) {
@@ -101,8 +91,13 @@ __device__ __forceinline__ Units convert_tiles(Shared& shared) {
   return {from_unit(exponents[0]), from_unit(exponents[1]), from_unit(exponents[2])};
 }
 
+// Whether a tile of P has more than zeros; that on the diagonal has some.
+__device__ __forceinline__ bool has_scores(int row_tile, int tile) {
+  return kReversed ? tile >= row_tile : tile <= row_tile;
+}
+
 // Rows [16 warp, 16 warp + 16) of P into shared memory, up to the diagonal.
-__device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
+__device__ __forceinline__ void scores(Shared& shared, int stage, float scale, int num_tokens) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp >= kRowTiles) return;
   float p[2 * kRowTiles][4] = {};
@@ -118,23 +113,32 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
       mma_16x8x16<kBfloat16Operands>(p[2 * tile + 1], q, k[2], k[3]);
     }
   }
-  // decay^(i-j) = decay^(i-i0) decay^(i0-j) in front of the diagonal tile, with i0 its first row: neither exponent
-  // is negative, so a decay never grows; slopes below -88 / kChunk may make it infinite.
-  float row_decay[2] = {scale * shared.decay[lane / 4], scale * shared.decay[lane / 4 + 8]};
+  // decay^(i-j) = decay^(i-i0) decay^(i0-j) in front of the diagonal tile, with i0 its first row, or reversed its last:
+  // neither exponent is negative, so a decay never grows; slopes below -88 / kChunk may make it infinite.
+  float row_decay[2] = {scale * shared.decay[kReversed ? 15 - lane / 4 : lane / 4],
+                        scale * shared.decay[kReversed ? 7 - lane / 4 : lane / 4 + 8]};
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; tile++) {
-    if (tile < warp) {
+    if (tile != warp && has_scores(warp, tile)) {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        p[2 * tile + i / 4][i % 4] *=
-            row_decay[i / 2 % 2] * shared.decay[(warp - tile) * 16 - (i / 4 * 8 + lane % 4 * 2 + i % 2)];
+        int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float& element = p[2 * tile + i / 4][i % 4];
+        if constexpr (kReversed) {
+          bool exists = tile * 16 + column < num_tokens;  // no 0 * inf behind the end
+          element = exists ? element * (row_decay[i / 2 % 2] * shared.decay[(tile - warp) * 16 + column - 15]) : 0;
+        } else {
+          element *= row_decay[i / 2 % 2] * shared.decay[(warp - tile) * 16 - column];
+        }
       }
     } else if (tile == warp) {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        int distance = lane / 4 + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
+        int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        int distance = kReversed ? column - row : row - column;
+        bool counts = distance >= 0 && (!kReversed || tile * 16 + column < num_tokens);
         float& element = p[2 * tile + i / 4][i % 4];
-        element = distance >= 0 ? element * scale * shared.decay[max(distance, 0)] : 0;
+        element = counts ? element * scale * shared.decay[max(distance, 0)] : 0;
       }
     }
   }
@@ -145,7 +149,7 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
     for (int tile = 0; tile < 2 * kRowTiles; tile++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        if (tile / 2 <= warp) largest[i / 2] = fmaxf(largest[i / 2], fabsf(p[tile][i]));
+        if (has_scores(warp, tile / 2)) largest[i / 2] = fmaxf(largest[i / 2], fabsf(p[tile][i]));
       }
     }
 #pragma unroll
@@ -158,7 +162,7 @@ __device__ __forceinline__ void scores(Shared& shared, int stage, float scale) {
   }
 #pragma unroll
   for (int tile = 0; tile < 2 * kRowTiles; tile++) {
-    if (tile / 2 <= warp) {
+    if (has_scores(warp, tile / 2)) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         *reinterpret_cast<uint32_t*>(&shared.p[warp * 16 + lane / 4 + i * 8][tile * 8 + lane % 4 * 2]) =
@@ -182,8 +186,7 @@ __device__ __forceinline__ float inter_block(Outputs& o, const Shared& shared, i
     for (int tile = 0; tile < 2 * kQkTiles; tile++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float size = fabsf(state[tile][i]);
-        if (size <= kFloatMax) largest = fmaxf(largest, size);  // an infinity is no reason to lose all else
+        largest = fmaxf(largest, finite_size(state[tile][i]));
       }
     }
     int exponent = unit_exponent(__uint_as_float(warp_max(__float_as_uint(largest))));
@@ -242,7 +245,7 @@ __device__ __forceinline__ void intra_block(Outputs& o, const Shared& shared, in
     uint32_t v[4];
     load_v(v, shared, stage, tile);
 #pragma unroll
-    for (int row_tile = tile; row_tile < kRowTiles; row_tile++) {
+    for (int row_tile = kReversed ? 0 : tile; row_tile < (kReversed ? tile + 1 : kRowTiles); row_tile++) {
       uint32_t p[4];
       ldmatrix_x4(p, &shared.p[row_tile * 16 + lane % 16][tile * 16 + lane / 16 * 8]);
       mma_16x8x16<kBfloat16Operands>(o[row_tile][0], p, v[0], v[1]);
@@ -261,8 +264,7 @@ __device__ __forceinline__ float largest_of_v(const Shared& shared, int stage) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float2 pair = unpack<kBfloat16Operands>(v[i]);
-      largest = fmaxf(largest, fabsf(pair.x) <= kFloatMax ? fabsf(pair.x) : 0);
-      largest = fmaxf(largest, fabsf(pair.y) <= kFloatMax ? fabsf(pair.y) : 0);
+      largest = fmaxf(largest, fmaxf(finite_size(pair.x), finite_size(pair.y)));
     }
   }
   return __uint_as_float(warp_max(__float_as_uint(largest)));
@@ -270,16 +272,17 @@ __device__ __forceinline__ float largest_of_v(const Shared& shared, int stage) {
 
 // S = decay^C S + kT (decay^(C-1-j) v) over `num_tokens` tokens.
 __device__ __forceinline__ void update_state(State& state, const Shared& shared, int stage, int num_tokens,
-                                             Units units, bool has_state) {
+                                             Units units, float scale, bool has_state) {
   int lane = threadIdx.x % 32;
   // Decayed v is a float16 operand anew: growing decays would take it out of range, and small ones into numbers of
   // few bits. Both are put on the accumulators instead.
-  float unit = units.k * units.v, v_factor = 1;
+  float unit = units.k * units.v, v_factor = kReversed ? scale : 1;
   if constexpr (!kBfloat16Operands) {
-    float growth = fmaxf(shared.decay[num_tokens - 1], 1.0f);
+    float growth = fmaxf(shared.decay[kReversed ? num_tokens : num_tokens - 1], 1.0f);
+    if (kReversed) growth *= fmaxf(fabsf(scale), kLeastScale);
     int exponent = kConvert ? 141 : unit_exponent(largest_of_v(shared, stage));
     unit *= growth * from_unit(exponent);
-    v_factor = to_unit(exponent) / growth;
+    v_factor *= to_unit(exponent) / growth;
   }
   float state_factor = has_state ? shared.decay[num_tokens] / unit : 0;  // no 0 * inf from a decay that overflows
 #pragma unroll
@@ -294,8 +297,11 @@ __device__ __forceinline__ void update_state(State& state, const Shared& shared,
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int token = row_tile * 16 + i * 8 + lane % 4 * 2;
-      float factors[2] = {v_factor * shared.decay[max(num_tokens - 1 - token, 0)],
-                          v_factor * shared.decay[max(num_tokens - 2 - token, 0)]};
+      float factors[2];
+      for (int j = 0; j < 2; j++) {
+        int distance = kReversed ? min(token + j + 1, num_tokens) : max(num_tokens - 1 - token - j, 0);
+        factors[j] = v_factor * shared.decay[distance];
+      }
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float2 pair = unpack<kBfloat16Operands>(v[2 * half + i]);
@@ -374,9 +380,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
     }
   }
 
+  int64_t num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
+  auto num_tokens_from = [&](int64_t token_idx) {
+    return static_cast<int>(min(static_cast<int64_t>(kChunk), work.first_token + work.num_tokens - token_idx));
+  };
   auto load = [&](int64_t chunk_idx, int stage) {
-    int64_t token_idx = work.first_token + chunk_idx * kChunk;
-    int num_tokens = min(static_cast<int64_t>(kChunk), work.num_tokens - chunk_idx * kChunk);
+    int64_t token_idx = chunk_token(work, chunk_idx, num_chunks, kChunk);
+    int num_tokens = num_tokens_from(token_idx);
     if constexpr (kOutputs) {
       load_tile<kChunk, kQkDim, kQkPitch, kThreads>(
           &shared.q[stage][0][0], at(static_cast<const uint16_t*>(args.q), args.q_strides, work, token_idx),
@@ -393,7 +403,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
     }
   };
 
-  int64_t num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
   float* exit_state = kCausal ? exit_state_of<!kOutputs>(args, work) : nullptr;
   if constexpr (kStages == 2) load(0, 0);
   for (int64_t chunk_idx = 0; chunk_idx < num_chunks; chunk_idx++) {
@@ -408,14 +417,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
 
     Units units;
     if constexpr (kConvert) units = convert_tiles(shared);
-    int num_tokens = min(static_cast<int64_t>(kChunk), work.num_tokens - chunk_idx * kChunk);
+    int64_t token_idx = chunk_token(work, chunk_idx, num_chunks, kChunk);
+    int num_tokens = num_tokens_from(token_idx);
     float scale = static_cast<float>(args.scale) * units.q;
     Outputs o = {};
 
     if constexpr (kOutputs) {
-      if constexpr (kCausal) scores(shared, stage, scale * units.k);
+      if constexpr (kCausal) scores(shared, stage, scale * units.k, num_tokens);
       float inter_scale = 0;
-      if (has_state && num_v > 0) inter_scale = scale * inter_block(o, shared, stage, state);
+      if (has_state && num_v > 0) inter_scale = (kReversed ? units.q : scale) * inter_block(o, shared, stage, state);
       if constexpr (kCausal) __syncthreads();  // p is complete
       if (num_v > 0) {
 #pragma unroll
@@ -424,7 +434,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
           for (int i = 0; i < 4; i++) {
             int row = row_tile * 16 + lane / 4 + i / 2 * 8;
             float unit = kCausal && !kBfloat16Operands ? shared.p_unit[row] * units.v : 1;
-            float factor = has_state ? inter_scale * (kCausal ? shared.decay[row + 1] : 1) / unit : 0;
+            int distance = kReversed ? max(num_tokens - 1 - row, 0) : row + 1;
+            float factor = has_state ? inter_scale * (kCausal ? shared.decay[distance] : 1) / unit : 0;
             for (int tile = 0; tile < 2; tile++) o[row_tile][tile][i] *= factor;
           }
         }
@@ -444,13 +455,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
           }
         }
       }
-      uint16_t* o_chunk = at(static_cast<uint16_t*>(args.o), args.o_strides, work,
-                             work.first_token + chunk_idx * kChunk) + first_v * args.o_strides.dim;
+      uint16_t* o_chunk =
+          at(static_cast<uint16_t*>(args.o), args.o_strides, work, token_idx) + first_v * args.o_strides.dim;
       store_outputs(args, o_chunk, o, num_tokens, num_v);
     }
     bool is_needed = exit_state != nullptr || chunk_idx + 1 < num_chunks;
     if (kCausal && is_needed && num_v > 0) {
-      update_state(state, shared, stage, num_tokens, units, has_state);
+      update_state(state, shared, stage, num_tokens, units, static_cast<float>(args.scale), has_state);
     }
     has_state = true;
   }

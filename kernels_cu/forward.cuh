@@ -5,8 +5,17 @@
 //   scan                 state before s + 1 = decay^length (state before s) + u_s    a thread for each state element
 //   forward, OUTPUTS=1   outputs of segment s from the state before it               a block for each segment
 // With one segment the last is all there is. Without causality (CAUSAL=0) every output sees the final state.
+//
+// REVERSED=1 is what gradients are (lightning_cupy/backward.py): from the last token to the first. Segments and chunks
+// are numbered from the end, tokens within a chunk are not. What a token hands on, to the one in front of it, is a
+// state that has scale and its own decay in it already, so that cotangents of states go in and come out as they are:
+//
+//   o_i = (sum of scale decay^(j-i) (q_i k_j) v_j over j >= i in the chunk) + decay^(n-1-i) q_i S
+//   S   = decay^n S + kT (scale decay^(j+1) v)                 n tokens in the chunk
 #pragma once
 #include "tile.cuh"
+
+constexpr bool kReversed = REVERSED;
 
 struct StateStrides {
   int64_t batch, head, qk_dim, v_dim;
@@ -39,8 +48,8 @@ struct Work {
 };
 
 // Columns of v run fastest, so that blocks sharing q and k run together and meet in the L2 cache.
-template <int kVBlock, class Accum>
-__device__ __forceinline__ Work find_work(const Args<Accum>& args) {
+template <int kVBlock, class Args>
+__device__ __forceinline__ Work find_work(const Args& args) {
   int64_t idx = blockIdx.x + static_cast<int64_t>(gridDim.x) * blockIdx.y;
   Work work;
   work.first_v = idx % args.num_v_blocks * kVBlock;
@@ -49,10 +58,15 @@ __device__ __forceinline__ Work find_work(const Args<Accum>& args) {
   idx /= args.num_segments;
   work.head_idx = idx % args.num_heads;
   work.batch_idx = idx / args.num_heads;
-  work.first_token = work.segment_idx * args.segment_length;
+  work.first_token = (kReversed ? args.num_segments - 1 - work.segment_idx : work.segment_idx) * args.segment_length;
   work.num_tokens = min(args.segment_length, args.seqlen - work.first_token);
   work.exists = work.batch_idx < args.batch;
   return work;
+}
+
+// The first token of a chunk of a segment.
+__device__ __forceinline__ int64_t chunk_token(const Work& work, int64_t chunk_idx, int64_t num_chunks, int chunk) {
+  return work.first_token + (kReversed ? num_chunks - 1 - chunk_idx : chunk_idx) * chunk;
 }
 
 template <class Args>

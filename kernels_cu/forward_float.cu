@@ -6,12 +6,14 @@
 //
 // All operands stand in shared memory, S too; every product is a small tile of outputs a thread. S is updated once
 // a chunk from a fresh sum, and its decay is a sum of two numbers: rounded to one float, a decay of 1 - 1e-6 would
-// be wrong by 1e-5 after a few hundred chunks. Constants come as -D from lightning_cupy/forward.py.
+// be wrong by 1e-5 after a few hundred chunks. With REVERSED=1 from the last token to the first, as forward.cuh has it.
+// Constants come as -D from lightning_cupy/forward.py.
 #include "forward.cuh"
 
 using Real = ACCUM;
 constexpr bool kOutputs = OUTPUTS, kCausal = CAUSAL;
 constexpr int kQkDim = QK_DIM, kVBlock = V_BLOCK, kChunk = CHUNK, kThreads = NUM_THREADS;
+constexpr Real kLargest = sizeof(Real) == 8 ? Real(1.7976931348623157e308) : Real(3.402823466e+38f);
 constexpr int kVector = 16 / sizeof(Real);  // what one load from shared memory brings
 // Threads stand in a grid: along x columns of v, a vector each; along y rows.
 constexpr int kThreadsX = kVBlock / kVector, kThreadsY = kThreads / kThreadsX;
@@ -62,7 +64,8 @@ __device__ __forceinline__ void scores(Shared& shared, int x, int y, Real scale)
 #pragma unroll
     for (int j = 0; j < kScoreCols; j++) {
       int row = y + i * kThreadsY, col = x + j * kThreadsX;
-      shared.p[row][col] = row >= col ? p[i][j] * scale * shared.decay[row - col] : Real(0);
+      int distance = kReversed ? col - row : row - col;
+      shared.p[row][col] = distance >= 0 ? p[i][j] * scale * shared.decay[distance] : Real(0);
     }
   }
 }
@@ -96,11 +99,12 @@ struct alignas(kKeys * sizeof(Real)) Keys {
 static_assert(kStateRows % kKeys == 0, "forward.py: the rows of the state do not divide");
 
 // S = decay^n S + kT (decay^(n-1-j) v): each thread has kStateRows rows, a vector of columns.
-__device__ __forceinline__ void update_state(Shared& shared, int x, int y, int num_tokens, Real decay, Real decay_low) {
+__device__ __forceinline__ void update_state(Shared& shared, int x, int y, int num_tokens, Real scale, Real decay,
+                                             Real decay_low) {
   Real sums[kStateRows][kVector] = {};
   for (int token = 0; token < num_tokens; token++) {
     Vector v = load(&shared.v[token][x * kVector]);
-    Real weight = shared.decay[num_tokens - 1 - token];
+    Real weight = kReversed ? scale * shared.decay[token + 1] : shared.decay[num_tokens - 1 - token];
 #pragma unroll
     for (int e = 0; e < kVector; e++) v.element[e] *= weight;
 #pragma unroll
@@ -135,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
 
   double slope = slope_of(args, work.head_idx);
   for (int i = threadIdx.x; i <= kChunk; i += kThreads) {
-    shared.decay[i] = sizeof(Real) == 8 ? exp(-slope * i) : expf(static_cast<float>(-slope * i));
+    Real decay = sizeof(Real) == 8 ? exp(-slope * i) : expf(static_cast<float>(-slope * i));
+    shared.decay[i] = kReversed ? min(decay, kLargest) : decay;  // no 0 * inf of keys behind the end
   }
   StateView<Real> entry = entry_state<kCausal>(args, work);
   for (int idx = threadIdx.x; idx < kQkDim * kVBlock; idx += kThreads) {
@@ -146,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
   double decay = exp(-slope * kChunk);
   int64_t num_chunks = (work.num_tokens + kChunk - 1) / kChunk;
   for (int64_t chunk_idx = 0; chunk_idx < num_chunks; chunk_idx++) {
-    int64_t token_idx = work.first_token + chunk_idx * kChunk;
-    int num_tokens = min(static_cast<int64_t>(kChunk), work.num_tokens - chunk_idx * kChunk);
+    int64_t token_idx = chunk_token(work, chunk_idx, num_chunks, kChunk);
+    int num_tokens = min(static_cast<int64_t>(kChunk), work.first_token + work.num_tokens - token_idx);
     if constexpr (kOutputs) {
       load_tile<kChunk, kQkDim, kQkPitch, kThreads>(
           &shared.q[0][0], at(static_cast<const Real*>(args.q), args.q_strides, work, token_idx), args.q_strides.token,
@@ -175,7 +180,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
       multiply<kQkDim, kQkPitch>(o, &shared.q[0][0], shared.state, x, y);
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
-        Real factor = kCausal ? scale * shared.decay[y + i * kThreadsY + 1] : scale;
+        int row = y + i * kThreadsY;
+        Real factor = kReversed ? Real(1) : scale;
+        if (kCausal) factor *= shared.decay[kReversed ? max(num_tokens - 1 - row, 0) : row + 1];
         // NOTE: no 0 * inf, as in update_state.
         for (int e = 0; e < kVector; e++) o[i].element[e] = o[i].element[e] == 0 ? Real(0) : o[i].element[e] * factor;
       }
@@ -198,9 +205,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS) forward(const
     }
     if constexpr (kCausal) {
       if constexpr (kOutputs) __syncthreads();  // without outputs no other thread reads this one's rows of S
-      if (num_tokens < kChunk) decay = exp(-slope * num_tokens);
-      update_state(shared, x, y, num_tokens, static_cast<Real>(decay),
-                   static_cast<Real>(isinf(decay) ? 0 : decay - static_cast<Real>(decay)));
+      double chunk_decay = num_tokens < kChunk ? exp(-slope * num_tokens) : decay;
+      update_state(shared, x, y, num_tokens, scale, static_cast<Real>(chunk_decay),
+                   static_cast<Real>(isinf(chunk_decay) ? 0 : chunk_decay - static_cast<Real>(chunk_decay)));
     }
     __syncthreads();
   }

@@ -19,7 +19,8 @@
 // warpgroup (one warp's thread feeds q and k, one v, one for each group stores), the scores warpgroup, and V_GROUPS
 // warpgroups for the state and outputs. They meet at mbarriers only. Floats of q and k are replaced in place: two boxes
 // of 32 columns of floats are as large as high and low of 64. Those of v become left operands in registers; their
-// place then takes the outputs on the way to memory. All of this is one pipeline, and so in one file. Constants come as
+// place then takes the outputs on the way to memory. With REVERSED=1 from the last token to the first, as forward.cuh
+// has it. All of this is one pipeline, and so in one file. Constants come as
 // -D from lightning_cupy/forward_sm90.py.
 #include "forward_sm90.cuh"
 
@@ -32,6 +33,7 @@ static_assert(kQkDim % 64 == 0 && 128 * (kScoresRegisters + kProducerRegisters +
 
 // What registers have room for: columns of ST, 16 a step, that become operands at once; blocks of 64 columns of what is
 // added to ST; outputs of the chunk meanwhile, or they are parked in shared memory.
+constexpr int kLengths = kReversed ? 2 : 1;  // of chunks, for outputs
 constexpr int kOperandSteps = kQkDim <= 128 ? kQkDim / 16 : 4;
 constexpr int kUpdatesAtOnce = kQkDim <= 64 * (3 - kGroups) ? 2 : 1;
 constexpr bool kParksInter = kQkDim > 128;
@@ -47,9 +49,9 @@ struct Shared {
   // two in k, times decay^(num_tokens-1-j).
   float q_unit[kStages][kChunk], k_unit[kStages][kChunk], o_weight[kStages][kChunk], v_weight[kStages][kChunk];
   float p_unit[kPBuffers][kChunk];
-  float score_decay[2 * kChunk];  // [63 + i - j], scale decay^(i-j), or 0 above the diagonal
-  float o_decay[kChunk];          // scale decay^(i+1)
-  float v_decay[2][kChunk];       // decay^(num_tokens-1-j) of a whole chunk, and of the last
+  float score_decay[2 * kChunk];    // [63 + i - j], scale decay^(i-j), or 0 above the diagonal
+  float o_decay[kLengths][kChunk];  // scale decay^(i+1); REVERSED: decay^(num_tokens-1-i), and v's is scale decay^(j+1)
+  float v_decay[2][kChunk];         // decay^(num_tokens-1-j) of a whole chunk, and of the last
   float2 state_decay[2];          // decay^num_tokens likewise, high and low
   // Of a stage: floats have arrived; q and k are in units; q and k have been used; v's place has o, or is free.
   uint64_t qk_full[kStages], v_full[kStages], qk_ready[kStages], qk_empty[kStages];
@@ -66,6 +68,12 @@ __device__ __forceinline__ unsigned char* swizzled(Tile& tile, int row, int vect
 // What a block computes.
 struct Row {
   int batch_idx, head_idx, first_v, num_chunks;
+
+  __device__ __forceinline__ int token(int chunk) const {
+    return (kReversed ? num_chunks - 1 - chunk : chunk) * kChunk;
+  }
+  // Whether a chunk has the end of the sequence, so may be shorter.
+  __device__ __forceinline__ bool has_end(int chunk) const { return chunk == (kReversed ? 0 : num_chunks - 1); }
 
   __device__ __forceinline__ explicit Row(const HopperArgs& args) {
     int head = blockIdx.x / args.num_v_blocks;
@@ -121,8 +129,8 @@ __device__ __forceinline__ void load_qk(Shared& shared, const HopperArgs& args, 
     mbarrier_arrive_expect_tx(full, 4 * kQkBlocks * kTileBytes);
 #pragma unroll
     for (int box = 0; box < 2 * kQkBlocks; box++) {
-      tma_load(shared.q[ring.idx][box], args.q, full, box * 32, chunk * kChunk, row.head_idx, row.batch_idx);
-      tma_load(shared.k[ring.idx][box], args.k, full, box * 32, chunk * kChunk, row.head_idx, row.batch_idx);
+      tma_load(shared.q[ring.idx][box], args.q, full, box * 32, row.token(chunk), row.head_idx, row.batch_idx);
+      tma_load(shared.k[ring.idx][box], args.k, full, box * 32, row.token(chunk), row.head_idx, row.batch_idx);
     }
   }
 }
@@ -137,7 +145,7 @@ __device__ __forceinline__ void load_v(Shared& shared, const HopperArgs& args, c
     mbarrier_arrive_expect_tx(full, 2 * kGroups * kTileBytes);
 #pragma unroll
     for (int box = 0; box < 2 * kGroups; box++) {
-      tma_load(shared.v[ring.idx][box / 2][box % 2], args.v, full, row.first_v + box * 32, chunk * kChunk, row.head_idx,
+      tma_load(shared.v[ring.idx][box / 2][box % 2], args.v, full, row.first_v + box * 32, row.token(chunk), row.head_idx,
                row.batch_idx);
     }
   }
@@ -152,7 +160,7 @@ __device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, co
     mbarrier_wait(shared.o_full[ring.idx][group], ring.parity);
 #pragma unroll
     for (int box = 0; box < 2; box++) {
-      tma_store(args.o, shared.v[ring.idx][group][box], row.first_v + (group * 2 + box) * 32, chunk * kChunk,
+      tma_store(args.o, shared.v[ring.idx][group][box], row.first_v + (group * 2 + box) * 32, row.token(chunk),
                 row.head_idx, row.batch_idx);
     }
     tma_store_commit();
@@ -171,11 +179,13 @@ __device__ __forceinline__ void set_decay(Shared& shared, const HopperArgs& args
   };
   int num_last = (args.seqlen - 1) % kChunk + 1;
   for (int idx = threadIdx.x; idx < 2 * kChunk; idx += kThreads) {
-    int distance = idx - (kChunk - 1), which = idx / kChunk, token = idx % kChunk;
+    int distance = (idx - (kChunk - 1)) * (kReversed ? -1 : 1), which = idx / kChunk, token = idx % kChunk;
     int num_tokens = which == 0 ? kChunk : num_last;
     shared.score_decay[idx] = distance >= 0 ? static_cast<float>(power(args.scale, distance)) : 0;
-    shared.v_decay[which][token] = static_cast<float>(power(1, max(num_tokens - 1 - token, 0)));
-    if (which == 0) shared.o_decay[token] = static_cast<float>(power(args.scale, token + 1));
+    double v_decay = kReversed ? power(args.scale, token + 1) : power(1, max(num_tokens - 1 - token, 0));
+    double o_decay = kReversed ? power(1, max(num_tokens - 1 - token, 0)) : power(args.scale, token + 1);
+    shared.v_decay[which][token] = static_cast<float>(v_decay);
+    if (which < kLengths) shared.o_decay[which][token] = static_cast<float>(o_decay);
     if (token == 0) {
       double decay = power(1, num_tokens);
       float high = static_cast<float>(decay);
@@ -232,7 +242,7 @@ __device__ __forceinline__ void convert(Shared& shared, int stage, int which) {
     if (column == 0) {
       float q_unit = from_unit(q_exponent);
       shared.q_unit[stage][row] = q_unit;
-      shared.o_weight[stage][row] = shared.o_decay[row] * q_unit;
+      shared.o_weight[stage][row] = shared.o_decay[kReversed ? which : 0][row] * q_unit;
       shared.k_unit[stage][row] = from_unit(k_exponent);
       shared.v_weight[stage][row] = shared.v_decay[which][row] * power_of_two(k_exponent);
     }
@@ -305,7 +315,7 @@ __device__ __forceinline__ void scores(Shared& shared, const Row& row) {
   for (int chunk = 0; chunk < row.num_chunks; chunk++, ring.advance(), p_ring.advance()) {
     int stage = ring.idx, buffer = p_ring.idx;
     mbarrier_wait(shared.qk_full[stage], ring.parity);
-    convert(shared, stage, chunk + 1 == row.num_chunks);
+    convert(shared, stage, row.has_end(chunk));
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.qk_ready[stage]);
@@ -523,7 +533,7 @@ struct Group {
         }
       }
       mbarrier_wait(shared.v_full[stage], ring.parity);
-      update_state(stage, chunk + 1 == row.num_chunks);
+      update_state(stage, row.has_end(chunk));
       __syncwarp();
       if (lane == 0) mbarrier_arrive(shared.qk_empty[stage]);
 

@@ -23,10 +23,14 @@
 // forward_sm90.py launches cooperatively. Teams have the same size or, where each row has its own, more members for the
 // rows that remember longer, since their states take more time.
 //
+// With REVERSED=1 from the last token to the first, as forward.cuh has it. Tokens of a row are then counted from the
+// end, from that of its last whole chunk. With ATTENTIONS=2 there are two over the same arrays in different roles, as
+// gradients are. Blocks of the two for one head are neighbours, so that what both read comes from memory once.
+//
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
 
-constexpr int kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
+constexpr int kAttentions = ATTENTIONS, kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
 constexpr int kThreads = 128 * (2 + kGroups), kPBuffers = 2;
 constexpr bool kSplit = SPLIT, kHigh = HIGH;
 constexpr int kProducerRegisters = kGroups == 1 ? 72 : 40, kScoresRegisters = kGroups == 1 ? 128 : 72;
@@ -37,6 +41,7 @@ static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the bloc
 static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neighbours is one block of each row");
 
 constexpr int kScoresBarrier = 3, kPTiles = kHigh ? 2 : 1;
+constexpr int kLengths = kReversed ? 2 : 1;  // of chunks, for outputs
 
 // float16: what one in a row of P stands for, and its inverse.
 struct ScoresUnits {
@@ -56,7 +61,7 @@ struct Shared {
   uint16_t zeros[8][64];  // read over and over; compute-sanitizer counts 4 KiB from here on, so not at the end
   Tile p[kPBuffers][kPTiles];
   ScoresUnits p_units[kPBuffers];
-  float o_decay[kGroups][kChunk];  // scale decay^(i+1)
+  float o_decay[kGroups][kLengths][kChunk];  // scale decay^(i+1); REVERSED: decay^(num_tokens-1-i)
   Decay decay[kGroups];
   float segment_decay[kGroups];  // decay^segment_length
   Team team;
@@ -80,12 +85,22 @@ __device__ __forceinline__ void release(uint64_t& empty) {
   }
 }
 
+struct Attentions {
+  HopperArgs of[kAttentions];
+};
+
 // What a block does next: a pass over a segment of a row, for its state or for its outputs.
 struct Pass {
-  int row, batch_idx, head_idx, v_block, first_token, num_tokens;
+  int row, attention, batch_idx, head_idx, v_block, first_token, num_tokens;
   bool outputs;
 
   __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
+
+  // Where in the sequence the tokens of a chunk begin.
+  __device__ __forceinline__ int token(int chunk, int seqlen) const {
+    int token = first_token + chunk * kChunk;
+    return kReversed ? (seqlen - 1) / kChunk * kChunk - token : token;
+  }
 };
 
 // How many tokens it takes until the decay of a float is 0. Without decay, more than there are.
@@ -99,7 +114,8 @@ __device__ __forceinline__ int memory(double slope) {
 __device__ __forceinline__ void balance(Team& team, const HopperArgs& args) {
   auto divide = [](int x, int by) { return static_cast<int>(__fdividef(x + 0.5f, by)); };  // right below 2^20
   const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
-  const int num_chunks = (args.seqlen + kChunk - 1) / kChunk, head = divide(lane, args.num_v_blocks);
+  const int num_chunks = (args.seqlen + kChunk - 1) / kChunk;
+  const int head = divide(lane, args.num_v_blocks * kAttentions);  // neighbours are not split
   const double slope = slope_of(args, lane < args.num_rows ? head - divide(head, args.num_heads) * args.num_heads : 0);
   const float remembered = memory(slope) / kChunk + 1;
   float too_little = __fdividef(num_chunks * args.num_rows, num_blocks);
@@ -140,6 +156,11 @@ struct Schedule {
   const Team& team;
   const int rank = blockIdx.x % kCluster;
 
+  // Arrays of one attention; all else is the same for both.
+  __device__ __forceinline__ const HopperArgs& args_of(const Pass& pass) const {
+    return (&args)[kAttentions > 1 ? pass.attention : 0];
+  }
+
   // With SPLIT, two for each row: its state, its outputs.
   __device__ __forceinline__ int num_passes() const { return kSplit ? 2 * team.num_rows : 1; }
 
@@ -153,20 +174,27 @@ struct Schedule {
     pass.row = kSplit ? team.idx + idx / 2 * team.num_teams : blockIdx.x;
     int head = pass.row / args.num_v_blocks;
     pass.v_block = pass.row - head * args.num_v_blocks;
+    pass.attention = 0;
+    if constexpr (kAttentions > 1) {
+      int pair = head / kNeighbours;
+      pass.attention = pair % kAttentions;
+      head = pair / kAttentions * kNeighbours + head % kNeighbours;
+    }
     pass.batch_idx = head / args.num_heads;
     pass.head_idx = head - pass.batch_idx * args.num_heads;
     pass.first_token = 0;
-    pass.num_tokens = args.seqlen;
+    const int seqlen = kReversed ? (args.seqlen + kChunk - 1) / kChunk * kChunk : args.seqlen;
+    pass.num_tokens = seqlen;
     if (kSplit) {
       // Of two members, the second makes the state that it needs itself, and has fewer outputs; of more, each makes
       // what its segment adds, and they exchange it.
       int segment = pass.outputs || !is_pair() ? team.member : team.member - 1;
       if (segment > 0) pass.first_token = team.first_length + (segment - 1) * team.segment_length;
-      pass.num_tokens = min(segment == 0 ? team.first_length : team.segment_length, args.seqlen - pass.first_token);
+      pass.num_tokens = min(segment == 0 ? team.first_length : team.segment_length, seqlen - pass.first_token);
       if (!pass.outputs) {
         if (segment < 0 || segment == team.size - 1) {
           pass.num_tokens = 0;  // nothing is in front of it, or behind it
-        } else if (segment > 0 || args.initial_state == nullptr) {
+        } else if (segment > 0 || args_of(pass).initial_state == nullptr) {
           int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
           pass.first_token += num_forgotten;
           pass.num_tokens -= num_forgotten;
@@ -208,14 +236,15 @@ __device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const Ten
   }
 }
 
-__device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, const Schedule& schedule, Pass pass) {
+__device__ __forceinline__ void produce(Shared& shared, const Schedule& schedule, Pass pass) {
   QRing q_ring;
   KvRing ring;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     if (kSplit || idx > 0) pass = schedule[idx];
+    const HopperArgs& args = schedule.args_of(pass);
     int head = pass.head_idx, batch = pass.batch_idx, first_v = pass.v_block * kGroups * 64;
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++) {
-      int token = pass.first_token + chunk * kChunk, stage = ring.stage;
+      int token = pass.token(chunk, args.seqlen), stage = ring.stage;
       mbarrier_wait(shared.kv_empty[stage], ring.parity() ^ 1);
       if constexpr (kNeighbours > 1) {
         mbarrier_wait(shared.q_empty[q_ring.stage], q_ring.parity() ^ 1);
@@ -240,16 +269,17 @@ __device__ __forceinline__ void produce(Shared& shared, const HopperArgs& args, 
 }
 
 // Stores the outputs of a group.
-__device__ __forceinline__ void store(Shared& shared, const HopperArgs& args, const Schedule& schedule, int group) {
+__device__ __forceinline__ void store(Shared& shared, const Schedule& schedule, int group) {
   int num_stores = 0;
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
     if (!pass.outputs) continue;
+    const HopperArgs& args = schedule.args_of(pass);
     for (int chunk = 0; chunk < pass.num_chunks(); chunk++, num_stores++) {
       int buffer = num_stores % kOutputBuffers;
       mbarrier_wait(shared.o_full[group][buffer], num_stores / kOutputBuffers % 2);
       tma_store(args.o, shared.o[group][buffer], (pass.v_block * kGroups + group) * 64,
-                pass.first_token + chunk * kChunk, pass.head_idx, pass.batch_idx);
+                pass.token(chunk, args.seqlen), pass.head_idx, pass.batch_idx);
       tma_store_commit();
       tma_store_wait_read<kOutputBuffers - 1>();
       if (num_stores >= kOutputBuffers - 1) {
@@ -432,9 +462,11 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
       float scale = static_cast<float>(args.scale);
 #pragma unroll
       for (int i = 0; i < 32; i++) {
-        int distance = first_row + i / 2 % 2 * 8 - (i / 4 * 8 + lane % 4 * 2 + i % 2);
+        int row = first_row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        int distance = kReversed ? column - row : row - column;
         float decay = expf(static_cast<float>(-slope * max(distance, 0)));
         factor[i] = distance >= 0 ? scale * decay : 0;
+        if (kReversed) factor[i] = fminf(fmaxf(factor[i], -kLargest), kLargest);  // no 0 * inf behind the end
       }
       make_scores(shared, pass, schedule.rank, q_ring, ring, p_uses, factor);
     } else {
@@ -485,6 +517,7 @@ struct Group {
   QRing q_ring;
   KvRing ring;
   int num_outputs = 0;  // chunks
+  int last_left;        // how many tokens of the pass are left, with those of the chunk that has the sequence's end
   State state;
   RowUnits units;
 
@@ -492,8 +525,14 @@ struct Group {
     auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
     named_barrier(barrier, 128);
     if (thread < kChunk) {
-      shared.o_decay[group][thread] = static_cast<float>(args.scale) * power(thread + 1);
-      fill(shared.decay[group], thread, slope, args.seqlen);
+      const float scale = static_cast<float>(args.scale);
+      if constexpr (kReversed) {
+        shared.o_decay[group][0][thread] = power(kChunk - 1 - thread);
+        shared.o_decay[group][1][thread] = power(max((args.seqlen - 1) % kChunk - thread, 0));
+      } else {
+        shared.o_decay[group][0][thread] = scale * power(thread + 1);
+      }
+      fill(shared.decay[group], thread, slope, scale, args.seqlen);
     }
     if (kSplit && thread == kChunk) shared.segment_decay[group] = power(shared.team.segment_length);
     named_barrier(barrier, 128);
@@ -524,10 +563,17 @@ struct Group {
     }
   }
 
-  // v of the ring's chunk; so many tokens of the pass are left from there on.
+  __device__ __forceinline__ void begin_pass(const Pass& pass) { last_left = pass.first_token == 0 ? pass.num_tokens : 0; }
+
+  // Whether a chunk has the end of the sequence; so many tokens of the pass are left from there on.
+  __device__ __forceinline__ bool has_end(int num_tokens_left) const {
+    return kReversed ? num_tokens_left == last_left : num_tokens_left < kChunk;
+  }
+
+  // v of the ring's chunk.
   __device__ __forceinline__ void take_v(LoadedV& v, const KvRing& ring, int num_tokens_left) {
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    load_v(v, shared.v[ring.stage][group], shared.decay[group], num_tokens_left < kChunk);
+    load_v(v, shared.v[ring.stage][group], shared.decay[group], has_end(num_tokens_left));
   }
 
   // v of the chunk behind the ring's. Behind the last that chunk's again, for nothing: ptxas gives up overlapping
@@ -541,6 +587,7 @@ struct Group {
   // The state of a segment alone. While products of a chunk are under way, v of the next is made.
   __device__ __forceinline__ void add_segment(const Pass& pass) {
     if (pass.num_tokens == 0) return;
+    begin_pass(pass);
     int num_tokens_left = pass.num_tokens;
     auto step = [&](const DecayedV& v, DecayedV& next) {
       int stage = ring.stage;
@@ -590,10 +637,11 @@ struct Group {
     }
   }
 
-  __device__ __forceinline__ void load_o_decay(float2 (&decay)[8]) const {
+  __device__ __forceinline__ void load_o_decay(float2 (&decay)[8], int num_tokens_left) const {
+    const float* first = shared.o_decay[group][kReversed && has_end(num_tokens_left)];
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
-      decay[pair] = *reinterpret_cast<const float2*>(&shared.o_decay[group][pair * 8 + lane % 4 * 2]);
+      decay[pair] = *reinterpret_cast<const float2*>(&first[pair * 8 + lane % 4 * 2]);
     }
   }
 
@@ -676,7 +724,7 @@ struct Group {
     inter_block<Front, !kTwoParts>(o, range_factor);
     if constexpr (!kEarly) {
       take_v(loaded, ring, num_tokens_left);
-      load_o_decay(o_decay);
+      load_o_decay(o_decay, num_tokens_left);
     }
     if constexpr (kTwoParts) {
       decay_v(v, units, loaded);
@@ -696,6 +744,7 @@ struct Group {
       // What goes to and from shared memory waits for products with operands in registers that were queued before it.
       // Where these are few, it is quicker to store the outputs first.
       take_next_v(loaded, num_tokens_left);
+      if constexpr (kReversed) load_o_decay(o_decay, num_tokens_left - kChunk);
       wgmma_wait<0>();
       finish(o);
       update_state<Front>(state, v, shared.k[ring.stage]);
@@ -715,6 +764,7 @@ struct Group {
   __device__ __forceinline__ void compute_outputs(const Pass& pass) {
     int num_tokens_left = pass.num_tokens;
     if (num_tokens_left == 0) return;
+    begin_pass(pass);
     wgmma_fence();
     wgmma_transposed<kBfloat16>(Front::of(state), {0, 0, 0, 0}, wgmma_descriptor_of_rows(shared.zeros));
     wgmma_commit();
@@ -723,7 +773,7 @@ struct Group {
     float2 o_decay[8];
     if constexpr (kEarly) {
       take_v(v, ring, num_tokens_left);
-      load_o_decay(o_decay);
+      load_o_decay(o_decay, num_tokens_left);
     }
     int used_stage = -1;
     while (true) {
@@ -753,8 +803,9 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
     if (has_state && !is_pair) {
       group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
     } else if (!has_state) {
-      bool exists = args.initial_state != nullptr && (!kSplit || member == (is_pair && !pass.outputs ? 1 : 0));
-      load_initial_state(group.state, args, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
+      const HopperArgs& arrays = schedule.args_of(pass);
+      bool exists = arrays.initial_state != nullptr && (!kSplit || member == (is_pair && !pass.outputs ? 1 : 0));
+      load_initial_state(group.state, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
       group.units = {};
     }
     if (pass.outputs) {
@@ -762,8 +813,9 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       uint32_t same_idx = idx;
       forget_origin(same_idx);  // or all of `pass` would be kept in registers
       pass = schedule[same_idx];
-      if (args.final_state != nullptr && schedule.is_last()) {
-        store_final_state(group.state, group.units, args, pass.batch_idx, pass.head_idx, group.first_v(pass));
+      const HopperArgs& arrays = schedule.args_of(pass);
+      if (arrays.final_state != nullptr && schedule.is_last()) {
+        store_final_state(group.state, group.units, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
@@ -808,7 +860,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
 }
 
 extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
-    forward(const __grid_constant__ HopperArgs args) {
+    forward(const __grid_constant__ Attentions attentions) {
+  const HopperArgs& args = attentions.of[0];
   extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -818,8 +871,8 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
   } else if (warp == 1) {
     for (int i = 0; i < 2; i++) reinterpret_cast<uint4*>(shared.zeros)[i * 32 + lane] = uint4{0, 0, 0, 0};
     fence_proxy_async();
-  } else if (warp == 2 && lane < 4) {
-    prefetch_tensor_map((&args.q)[lane]);
+  } else if (warp == 2 && lane < 4 * kAttentions) {
+    prefetch_tensor_map((&attentions.of[lane / 4].q)[lane % 4]);
   } else if (kSplit && warp == 3) {
     join_team(shared.team, args);
   }
@@ -830,8 +883,8 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     decrease_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(shared, args, schedule, first_pass);
-    if (warp >= 1 && warp <= kGroups && lane == 0) store(shared, args, schedule, warp - 1);
+    if (threadIdx.x == 0) produce(shared, schedule, first_pass);
+    if (warp >= 1 && warp <= kGroups && lane == 0) store(shared, schedule, warp - 1);
   } else if (warpgroup == 1) {
     decrease_registers<kScoresRegisters>();
     score_passes(shared, args, schedule);

@@ -31,10 +31,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) scan(const __grid_cons
     for (int i = 0; i < kAhead; i++) {
       if (first + i < args.num_segments) {
         states[(first + i) * state_size] = static_cast<Accum>(state);
-        bool last = first + i == args.num_segments - 1;
+        bool has_end = first + i == (kReversed ? 0 : args.num_segments - 1);  // of the sequence, so may be shorter
         int64_t length = args.seqlen - (args.num_segments - 1) * args.segment_length;
         // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
-        state = (state == 0 ? 0 : (last ? exp(-slope * length) : decay) * state) + ahead[i];
+        state = (state == 0 ? 0 : (has_end ? exp(-slope * length) : decay) * state) + ahead[i];
       }
     }
   }

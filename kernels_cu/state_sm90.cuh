@@ -10,6 +10,7 @@
 
 constexpr int kQkDim = QK_DIM, kQStages = Q_STAGES, kStages = STAGES, kOutputBuffers = OUTPUT_BUFFERS;
 constexpr bool kBfloat16 = BFLOAT16;
+constexpr float kLargest = 3.402823466e+38f, kLeastScale = 0x1p-60f;
 constexpr int kChunk = 64, kQkBlocks = (kQkDim + 63) / 64;
 
 // Where TMA and wgmma put the 16 bytes `vector` of a row.
@@ -38,20 +39,24 @@ __device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, fl
   low = pack<kBfloat16>(x - rounded.x, y - rounded.y);
 }
 
-// Decays that a warpgroup reads at each chunk; [1] is for the last, shorter chunk of a sequence.
+// Decays that a warpgroup reads at each chunk; [1] is for that with the end of a sequence, which may be shorter.
 struct Decay {
-  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j) of pairs of tokens as high - low, relative to v_growth
+  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j), reversed scale decay^(j+1), of pairs of tokens as high - low, relative to v_growth
   float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least 1
 };
 
 // By the first 64 threads of a warpgroup.
-__device__ __forceinline__ void fill(Decay& decay, int thread, double slope, int seqlen) {
+__device__ __forceinline__ void fill(Decay& decay, int thread, double slope, float scale, int seqlen) {
   auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
   int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (seqlen - 1) % kChunk + 1;
-  float growth = kBfloat16 ? 1 : fmaxf(power(num_tokens - 1), 1.0f);
+  float growth = kBfloat16 ? 1 : fmaxf(power(kReversed ? num_tokens : num_tokens - 1), 1.0f);
+  if (kReversed && !kBfloat16) growth *= fmaxf(fabsf(scale), kLeastScale);
   float factor[2];
   // Behind the end there are zeros, which no decay may make NaN.
-  for (int i = 0; i < 2; i++) factor[i] = power(max(num_tokens - 1 - 2 * pair - i, 0)) / growth;
+  for (int i = 0; i < 2; i++) {
+    int token = 2 * pair + i;
+    factor[i] = (kReversed ? scale * power(min(token + 1, num_tokens)) : power(max(num_tokens - 1 - token, 0))) / growth;
+  }
   uint2& packed = decay.v[which][pair];
   split(packed.x, packed.y, factor[0], factor[1]);
   packed.y = negate_pairs(packed.y);
@@ -91,7 +96,7 @@ struct LoadedV {
   float state_decay, growth;
 };
 
-// `which` is 1 for the last, shorter chunk of a sequence.
+// `which` is 1 for the chunk with the end of a sequence.
 __device__ __forceinline__ void load_v(LoadedV& result, Tile& tile, const Decay& decay, int which) {
   int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll

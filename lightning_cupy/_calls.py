@@ -15,15 +15,15 @@ import numpy as np
 
 from ._arrays import library_of_type
 from ._launch import Program
-from .forward import ARRAYS
+from .reference import Gradients
 
 Signature = tuple[Any, ...]
 
 _MAX_CALLS = 1024
 # By signature; and the latest by the type of its arrays, since to compare takes half as long as to hash and compare.
-_calls: dict[Signature | type, tuple[Signature, Call]] = {}
+_calls: dict[Signature | type, tuple[Signature, Any]] = {}
 
-_SLOPES = ARRAYS.index("slopes")
+_SLOPES = -1  # where the pointer of slopes is, among those of a call
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +62,30 @@ class Call:
             if pointers[idx] + low < behind and first < pointers[idx] + high:
                 return False
         return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BackwardCall:
+    """Likewise of a backward pass."""
+
+    program: Program  # takes pointers in the order of backward.ARRAYS
+    wanted: tuple[bool, ...]  # of the fields of Gradients
+    slopes: int
+    current_context: Callable[[], int]
+
+    def __call__(self, q: Any, pointers: list[int]) -> Gradients:
+        """Run, and return what the public function does."""
+        if self.slopes:
+            pointers[_SLOPES] = self.slopes
+        if self.current_context() == self.program.context:
+            results = self.program.run(pointers, q)
+        else:
+            with self.program.device():
+                results = self.program.run(pointers, q)
+        if len(results) == len(self.wanted):
+            return Gradients._make(results)
+        rest = iter(results)
+        return Gradients._make([next(rest) if is_wanted else None for is_wanted in self.wanted])
 
 
 def look_up(
@@ -138,8 +162,95 @@ def look_up(
     return signature, pointers, call
 
 
-def keep(signature: Signature, call: Call) -> None:
+def look_up_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    slopes: Any,
+    scale: Any,
+    causal: Any,
+    initial_state: Any,
+    dstate: Any,
+    wanted: Any,
+    backend: Any,
+) -> tuple[Signature | None, list[int], BackwardCall | None]:
+    """Do what `look_up` does, for a backward pass."""
+    kind = type(q)
+    library = library_of_type(kind)
+    if library is None or type(do) is not kind or type(k) is not kind or type(v) is not kind:
+        return None, [], None
+    if type(causal) is not bool or type(backend) is not str or (wanted is not None and type(wanted) is not tuple):
+        return None, [], None
+    read = library.read
+    states: list[Any] = []
+    state_pointers: list[int] = []
+    try:
+        scale = _scale_facts(scale)
+        do_facts, do_pointer = read(do)
+        q_facts, q_pointer = read(q)
+        k_facts, k_pointer = read(k)
+        v_facts, v_pointer = read(v)
+        for state in (initial_state, dstate):
+            if state is None:
+                states.append(None)
+                state_pointers.append(0)
+            elif type(state) is kind:
+                facts, pointer = read(state)
+                states.append(facts)
+                state_pointers.append(pointer)
+            else:
+                return None, [], None
+        slopes, slopes_pointer = _slope_facts(slopes, kind, read)
+        signature = (
+            "backward",
+            kind,
+            do_facts,
+            q_facts,
+            k_facts,
+            v_facts,
+            *states,
+            slopes,
+            scale,
+            causal,
+            wanted,
+            backend,
+        )
+        pointers = [0, 0, 0, 0, 0, do_pointer, q_pointer, k_pointer, v_pointer, *state_pointers, slopes_pointer]
+        found = _calls.get(signature)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        return None, [], None  # what cannot be read is for the checks to name
+    return signature, pointers, found[1] if found is not None else None
+
+
+def _scale_facts(scale: Any) -> float | None:
+    # NOTE: types count, since True == 1.0, but is refused; and 0.0 == -0.0, which give zeros of other signs.
+    if scale is None:
+        return None
+    if type(scale) is not float and type(scale) is not int and not isinstance(scale, np.floating):
+        raise TypeError
+    value = float(scale)
+    if value == 0:
+        raise ValueError
+    return value
+
+
+def _slope_facts(slopes: Any, kind: type, read: Callable[[Any], tuple[Any, int]]) -> tuple[Any, int]:
+    if slopes is None or type(slopes) is float:
+        return slopes, 0
+    if type(slopes) is kind:
+        return read(slopes)
+    if type(slopes) is int or isinstance(slopes, (np.ndarray, np.generic, list, tuple)):
+        # By value, since the caller may change what is in it.
+        values = np.asarray(slopes)
+        return (values.dtype, values.shape, values.tobytes()), 0
+    raise TypeError
+
+
+def keep(signature: Signature, call: Call | BackwardCall) -> None:
     """Let the next call with this signature find this one; when there are too many, all are forgotten."""
     if len(_calls) >= _MAX_CALLS:
         _calls.clear()
-    _calls[signature] = _calls[signature[0]] = signature, call
+    _calls[signature] = signature, call
+    if isinstance(call, Call):
+        _calls[signature[0]] = signature, call

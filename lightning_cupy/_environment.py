@@ -92,6 +92,14 @@ def require_cuda(reason: str) -> None:
         raise RuntimeError(f"{reason}: {problem}")
 
 
+def _level_of_caller() -> int:
+    """Return the stacklevel, for who calls this, of the first frame outside of the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 @functools.cache
 def prefers_gpu() -> bool:
     """Whether host arrays go to a GPU under ``backend="auto"``; warns once about a GPU that cannot be used."""
@@ -102,6 +110,6 @@ def prefers_gpu() -> bool:
         warnings.warn(
             f'there is a GPU, but lightning_cupy computes on the CPU: {problem}. backend="cpu" silences this.',
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=_level_of_caller(),
         )
     return problem is None

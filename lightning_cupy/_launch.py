@@ -80,6 +80,8 @@ class Program:
 
     Attributes
     ----------
+    arrays
+        As given.
     context
         The CUDA context that must be current for `run`; `device` makes it so.
     """
@@ -88,6 +90,7 @@ class Program:
         from cupy.cuda import driver
 
         assert like.device is not None
+        self.arrays = tuple(arrays)
         self._device_id, self._library = like.device, _arrays.library_of(like)
         wanted = [step.kernel for step in steps.launches]
         with self.device():

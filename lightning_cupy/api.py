@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from . import _arrays, _calls, _environment, forward, reference
+from . import _arrays, _calls, _environment, backward, forward, reference
 from ._arrays import View
 from ._launch import Buffer
+from .reference import Gradients
 
 Array = TypeVar("Array")
 Backend = Literal["auto", "cuda", "cpu"]
@@ -21,6 +22,7 @@ Precision = Literal["default", "high"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_HEAD_DIM = 256
+_STATES = ("initial_state", "dstate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,20 @@ class _Options:
     causal: bool
     return_state: bool
     high: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardOptions:
+    """Likewise of the backward pass."""
+
+    slopes: float | np.ndarray[Any, Any] | View
+    scale: float
+    causal: bool
+    wanted: tuple[str, ...]
+
+
+_AnyOptions = TypeVar("_AnyOptions", _Options, _BackwardOptions)
+_AnyCall = TypeVar("_AnyCall", _calls.Call, _calls.BackwardCall)
 
 
 @overload
@@ -179,8 +195,7 @@ def lightning_attention(
     if call is not None:
         return call(q, out, pointers)
 
-    if backend not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', but got {backend!r}")
+    _check_backend(backend)
     if precision not in ("default", "high"):
         raise ValueError(f"precision must be 'default' or 'high', but got {precision!r}")
     arrays = {"q": q, "k": k, "v": v, "out": out, "initial_state": initial_state}
@@ -193,17 +208,13 @@ def lightning_attention(
     _check_out(views | ({"slopes": decay} if isinstance(decay, View) else {}))
     scale = _check_scale(scale, views["q"].shape[-1])
 
-    on_host = views["q"].device is None
-    if not on_host and backend == "cpu":
-        raise ValueError(f"backend='cpu' is for arrays on the CPU, but q is on {views['q'].place}")
-    if not on_host or backend == "cuda":
-        _environment.require_cuda("backend='cuda'" if on_host else f"q is on {views['q'].place}")
     if signature is not None and not isinstance(decay, View) and _arrays.kind_of(slopes) == views["q"].kind:
         signature = None  # of slopes in host memory it has no values
     options = _Options(decay, scale, bool(causal), bool(return_state), precision == "high")
-    if not on_host:
+    place = _place(views["q"], backend)
+    if place == "device":
         o, state = _on_device(views, options, signature)
-    elif backend == "cuda" or (backend == "auto" and _environment.prefers_gpu()):
+    elif place == "through device":
         o, state = _through_device(views, options)
     else:
         o, state = _on_host(views, options)
@@ -213,6 +224,125 @@ def lightning_attention(
         _arrays.note_write(views["out"])
         result = out
     return (result, _arrays.give_back(state, views["q"])) if state is not None else result
+
+
+def lightning_attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slopes: float | Sequence[float] | Any | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    dstate: Array | None = None,
+    wanted: Collection[str] | None = None,
+    backend: Backend = "auto",
+) -> Gradients:
+    """Gradients of :func:`lightning_attention` with respect to all that goes into it.
+
+    With ``G_t``, the gradient of the state ``S_t``, counted from the last token, where `dstate` stands for all that is
+    behind it::
+
+        G_t  = scale * q_t do_t^T + exp(-slope) G_(t+1)
+        dq_t = scale * S_t do_t        dk_t = G_t v_t        dv_t = G_t^T k_t
+        dinitial_state = exp(-slope) G_1
+        dslope = - sum over t of exp(-slope) <G_t, S_(t-1)>
+
+    which is equations 11 to 18 of arXiv 2401.04658, with the derivative of the decay. Nothing of the forward pass is
+    wanted but what went into it: states are computed again.
+
+    Parameters
+    ----------
+    do : array of q's kind, dtype and device, shape of v
+        Gradient of the outputs, with any strides: it may be broadcast.
+    q, k, v, slopes, scale, causal, initial_state, backend
+        As of the forward pass.
+    dstate : array, shape of the state, optional
+        Gradient of the state behind the last token, in float32 (float64 for float64 inputs); zeros by default.
+    wanted : collection of names of fields of the result, optional
+        What to compute; the rest is None, and costs nothing. By default "dq", "dk" and "dv", with "dinitial_state" if
+        there is an `initial_state`, and "dslopes" if there are `slopes`.
+
+    Returns
+    -------
+    gradients : named tuple ``(dq, dk, dv, dinitial_state, dslopes)`` of arrays of q's kind
+        dq, dk and dv in their inputs' shapes and dtype. ``dinitial_state`` in the shape of the state, and ``dslopes``,
+        ``[num_heads]`` and summed over the batch (one slope of all heads has their sum), in float32 (float64 for
+        float64 inputs). Contiguous, and like results of the forward pass else.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`lightning_attention` does.
+
+    Examples
+    --------
+    >>> import numpy as np, lightning_cupy
+    >>> q, k, v, do = np.random.default_rng(0).standard_normal((4, 1000, 8, 64), dtype=np.float32)
+    >>> gradients = lightning_cupy.lightning_attention_backward(do, q, k, v, slopes=0.1)
+    >>> gradients.dq.shape, gradients.dslopes.shape
+    ((1000, 8, 64), (8,))
+    """
+    signature, pointers, call = _calls.look_up_backward(
+        do, q, k, v, slopes, scale, causal, initial_state, dstate, wanted, backend
+    )
+    if call is not None:
+        return call(q, pointers)
+
+    _check_backend(backend)
+    arrays = {"q": q, "k": k, "v": v, "do": do, "initial_state": initial_state, "dstate": dstate}
+    views = {
+        name: _arrays.view(name, array) for name, array in arrays.items() if array is not None or name not in _STATES
+    }
+    _check_arrays(views)
+    decay = _check_slopes(slopes, views["q"], causal)
+    scale = _check_scale(scale, views["q"].shape[-1])
+    names = _check_wanted(wanted, initial_state is not None, slopes is not None, bool(causal))
+    if signature is not None and not isinstance(decay, View) and _arrays.kind_of(slopes) == views["q"].kind:
+        signature = None  # of slopes in host memory it has no values
+    options = _BackwardOptions(decay, scale, bool(causal), names)
+    place = _place(views["q"], backend)
+    if place == "device":
+        gradients = _backward_on_device(views, options, signature)
+    elif place == "through device":
+        gradients = _backward_through_device(views, options)
+    else:
+        gradients = _backward_on_host(views, options)
+    return Gradients(*(None if x is None else _arrays.give_back(x, views["q"]) for x in gradients))
+
+
+def _check_wanted(
+    wanted: Collection[str] | None, has_initial_state: bool, has_slopes: bool, causal: bool
+) -> tuple[str, ...]:
+    """Return names in the order of the result."""
+    if wanted is None:
+        wanted = ("dq", "dk", "dv") + ("dinitial_state",) * has_initial_state + ("dslopes",) * has_slopes
+    elif isinstance(wanted, str):
+        raise TypeError(f"wanted must be a collection of names, but got {wanted!r}")
+    unknown = [name for name in wanted if name not in Gradients._fields]
+    if unknown:
+        raise ValueError(f"wanted must be names out of {', '.join(Gradients._fields)}, but got {unknown[0]!r}")
+    if "dslopes" in wanted and not causal:
+        raise ValueError("wanted must not have 'dslopes' with causal=False: decay needs an order of tokens")
+    return tuple(name for name in Gradients._fields if name in wanted)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', but got {backend!r}")
+
+
+def _place(q: View, backend: str) -> Literal["device", "through device", "host"]:
+    """Where to compute."""
+    if q.device is not None and backend == "cpu":
+        raise ValueError(f"backend='cpu' is for arrays on the CPU, but q is on {q.place}")
+    if q.device is not None or backend == "cuda":
+        _environment.require_cuda("backend='cuda'" if q.device is None else f"q is on {q.place}")
+    if q.device is not None:
+        return "device"
+    return "through device" if backend == "cuda" or (backend == "auto" and _environment.prefers_gpu()) else "host"
 
 
 def _check_arrays(views: dict[str, View]) -> None:
@@ -232,17 +362,19 @@ def _check_arrays(views: dict[str, View]) -> None:
         head_dim = views[name].shape[-1]
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, but got {head_dim}")
-    state_dtype = "float64" if q.dtype == "float64" else "float32"
-    wanted = {"k": q.dtype, "v": q.dtype, "out": q.dtype, "initial_state": state_dtype}
+    state_dtype = _state_dtype(q)
     for name, array in views.items():
-        if array.dtype != wanted.get(name, q.dtype):
-            raise TypeError(f"{name} must be {wanted[name]} to go with q's {q.dtype}, but got {array.dtype}")
+        wanted = state_dtype if name in _STATES else q.dtype
+        if array.dtype != wanted:
+            raise TypeError(f"{name} must be {wanted} to go with q's {q.dtype}, but got {array.dtype}")
         if array.device != q.device:
             raise ValueError(f"{name} is on {array.place}, but q is on {q.place}")
-    if "initial_state" in views:
-        shape = _state_shape(q, v)
-        if views["initial_state"].shape != shape:
-            raise ValueError(f"initial_state must have shape {shape}, but got {views['initial_state'].shape}")
+    shape = _state_shape(q, v)
+    for name in _STATES:
+        if name in views and views[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, but got {views[name].shape}")
+    if "do" in views and views["do"].shape != v.shape:
+        raise ValueError(f"do has shape {views['do'].shape}, but v has {v.shape}")
 
 
 def _check_out(views: dict[str, View]) -> None:
@@ -288,7 +420,7 @@ def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any,
         )
     if not causal:
         raise ValueError("slopes must be None with causal=False: decay needs an order of tokens")
-    num_heads = q.shape[-2] if len(q.shape) > 2 else 1
+    num_heads = _num_heads(q)
     if _arrays.kind_of(slopes) is not None:
         borrowed = _arrays.view("slopes", slopes)
         if borrowed.device is not None:
@@ -319,6 +451,14 @@ def _state_shape(q: View, v: View) -> tuple[int, ...]:
     return (*q.shape[:-3], *q.shape[-2:-1][: len(q.shape) - 2], q.shape[-1], v.shape[-1])
 
 
+def _state_dtype(q: View) -> str:
+    return "float64" if q.dtype == "float64" else "float32"
+
+
+def _num_heads(q: View) -> int:
+    return q.shape[-2] if len(q.shape) > 2 else 1
+
+
 def _four_axes(array: View) -> View:
     """``[batch, seqlen, num_heads, head_dim]`` of q, k, v or o."""
     if len(array.shape) == 2:
@@ -336,6 +476,26 @@ def _four_axes_of_state(state: View) -> View:
 
 def _on_device(views: dict[str, View], options: _Options, signature: _calls.Signature | None) -> tuple[Any, Any]:
     """Return o, which is None where `out` is given, and the state, which is None where it is not returned."""
+    results = _queue(views, options, _resolve, signature)
+    o = results.pop(0) if "out" not in views else None
+    return o, results.pop() if results else None
+
+
+def _backward_on_device(
+    views: dict[str, View], options: _BackwardOptions, signature: _calls.Signature | None
+) -> list[Any]:
+    """Return the fields of the result."""
+    results = iter(_queue(views, options, _resolve_backward, signature))
+    return [next(results) if name in options.wanted else None for name in Gradients._fields]
+
+
+def _queue(
+    views: dict[str, View],
+    options: _AnyOptions,
+    resolve: Callable[[dict[str, View], _AnyOptions], _AnyCall],
+    signature: _calls.Signature | None,
+) -> list[Any]:
+    """Resolve a call on CUDA arrays, queue it, and keep it for later ones; return what it allocated."""
     q, slopes = views["q"], options.slopes
     assert q.device is not None
     stream = _arrays.stream_of(q)
@@ -347,16 +507,15 @@ def _on_device(views: dict[str, View], options: _Options, signature: _calls.Sign
     if isinstance(slopes, np.ndarray):
         views = views | {"slopes": _uploaded_slopes(slopes.tobytes(), q.device)}
 
-    call = _resolve(views, options)
+    call = resolve(views, options)
     pointers = {"o" if name == "out" else name: array.pointer for name, array in views.items()}
     with call.program.device():
-        results = call.program.run([pointers.get(name, 0) for name in forward.ARRAYS], q.owner)
+        results = call.program.run([pointers.get(name, 0) for name in call.program.arrays], q.owner)
     if signature is not None:
         _calls.keep(signature, call)
     for array in borrowed:
         _arrays.end_loan(array, stream)
-    o = results.pop(0) if "out" not in views else None
-    return o, results.pop() if results else None
+    return results
 
 
 def _resolve(views: dict[str, View], options: _Options) -> _calls.Call:
@@ -366,8 +525,7 @@ def _resolve(views: dict[str, View], options: _Options) -> _calls.Call:
     q, v, slopes = views["q"], views["v"], options.slopes
     results = [] if "out" in views else [Buffer("o", v.shape, q.dtype)]
     if options.return_state:
-        state_dtype = "float64" if q.dtype == "float64" else "float32"
-        results.append(Buffer("final_state", _state_shape(q, v), state_dtype))
+        results.append(Buffer("final_state", _state_shape(q, v), _state_dtype(q)))
     program = forward.forward(
         _four_axes(views["out"]) if "out" in views else None,
         _four_axes(q),
@@ -392,6 +550,39 @@ def _resolve(views: dict[str, View], options: _Options) -> _calls.Call:
     )
 
 
+def _resolve_backward(views: dict[str, View], options: _BackwardOptions) -> _calls.BackwardCall:
+    """Likewise for the backward pass."""
+    from cupy.cuda import driver
+
+    q, v, slopes = views["q"], views["v"], options.slopes
+    facts = {
+        "dq": (q.shape, q.dtype),
+        "dk": (q.shape, q.dtype),
+        "dv": (v.shape, q.dtype),
+        "dinitial_state": (_state_shape(q, v), _state_dtype(q)),
+        "dslopes": ((_num_heads(q),), _state_dtype(q)),
+    }
+    initial_state, dstate = (_four_axes_of_state(views[name]) if name in views else None for name in _STATES)
+    program = backward.backward(
+        _four_axes(views["do"]),
+        _four_axes(q),
+        _four_axes(views["k"]),
+        _four_axes(v),
+        slopes=slopes if isinstance(slopes, float) else views["slopes"],
+        scale=options.scale,
+        causal=options.causal,
+        initial_state=initial_state,
+        dstate=dstate,
+        results=[Buffer(name, *facts[name]) for name in options.wanted],
+    )
+    return _calls.BackwardCall(
+        program,
+        wanted=tuple(name in options.wanted for name in Gradients._fields),
+        slopes=views["slopes"].pointer if isinstance(slopes, np.ndarray) else 0,
+        current_context=driver.ctxGetCurrent,
+    )
+
+
 @functools.cache
 def _uploaded_slopes(values: bytes, device_id: int) -> View:
     """Slopes on the device, float64. Kept for good: captured graphs and other streams may still read them."""
@@ -406,22 +597,35 @@ def _uploaded_slopes(values: bytes, device_id: int) -> View:
 
 def _through_device(views: dict[str, View], options: _Options) -> tuple[Any, Any]:
     """Copy host arrays to the current CUDA device, compute, and copy the results back."""
+    inputs = {name: _uploaded(array) for name, array in views.items() if name != "out"}
+    o, state = _on_device(inputs, options, signature=None)
+    return _downloaded(o, views["q"], views.get("out")), _downloaded(state, views["q"])
+
+
+def _backward_through_device(views: dict[str, View], options: _BackwardOptions) -> list[Any]:
+    inputs = {name: _uploaded(array) for name, array in views.items()}
+    return [_downloaded(x, views["q"]) for x in _backward_on_device(inputs, options, signature=None)]
+
+
+def _uploaded(array: View) -> View:
     import cupy
 
-    def upload(array: View) -> View:
-        # Bytes travel as they are, so no dtype of NumPy's is unknown to CuPy.
-        contiguous = np.ascontiguousarray(_arrays.as_numpy(array), _arrays.dtype_of(array.dtype))
-        return _arrays.view("array", cupy.asarray(contiguous.view(f"u{array.itemsize}")).view(contiguous.dtype))
+    # Bytes travel as they are, so no dtype of NumPy's is unknown to CuPy.
+    contiguous = np.ascontiguousarray(_arrays.as_numpy(array), _arrays.dtype_of(array.dtype))
+    return _arrays.view("array", cupy.asarray(contiguous.view(f"u{array.itemsize}")).view(contiguous.dtype))
 
-    def download(result: Any, target: View) -> Any:
-        _arrays.as_numpy(target)[...] = cupy.asnumpy(result)
-        return target.owner
 
-    inputs = {name: upload(array) for name, array in views.items() if name != "out"}
-    o, state = _on_device(inputs, options, signature=None)
-    q = views["q"]
-    o = download(o, views["out"] if "out" in views else _arrays.empty(q, o.shape, q.dtype))
-    return o, download(state, _arrays.empty(q, state.shape, state.dtype.name)) if state is not None else None
+def _downloaded(result: Any, like: View, target: View | None = None) -> Any:
+    """Copy a result, if it is one, to host memory of the library of `like`."""
+    import cupy
+
+    return None if result is None else _copied(cupy.asnumpy(result), like, target)
+
+
+def _copied(result: np.ndarray[Any, Any], like: View, target: View | None = None) -> Any:
+    target = target or _arrays.empty(like, result.shape, result.dtype.name)
+    _arrays.as_numpy(target)[...] = result
+    return target.owner
 
 
 def _on_host(views: dict[str, View], options: _Options) -> tuple[Any, Any]:
@@ -438,8 +642,19 @@ def _on_host(views: dict[str, View], options: _Options) -> tuple[Any, Any]:
         causal=options.causal,
         initial_state=_arrays.as_numpy(views["initial_state"]) if "initial_state" in views else None,
     )
-    if not options.return_state:
-        return o.owner, None
-    state = _arrays.empty(q, final_state.shape, final_state.dtype.name)
-    _arrays.as_numpy(state)[...] = final_state
-    return o.owner, state.owner
+    return o.owner, _copied(final_state, q) if options.return_state else None
+
+
+def _backward_on_host(views: dict[str, View], options: _BackwardOptions) -> list[Any]:
+    assert not isinstance(options.slopes, View)
+    arrays = {name: _arrays.as_numpy(array) for name, array in views.items()}
+    gradients = reference.chunked_backward(
+        *(arrays[name] for name in ("do", "q", "k", "v")),
+        initial_state=arrays.get("initial_state"),
+        dstate=arrays.get("dstate"),
+        slopes=options.slopes,
+        scale=options.scale,
+        causal=options.causal,
+        wanted=options.wanted,
+    )
+    return [None if x is None else _copied(x, views["q"]) for x in gradients]

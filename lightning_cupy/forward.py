@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class ForwardPlan:
     num_threads: int
     smem_bytes: int
     min_blocks: int = 1  # blocks an SM should hold: bounds the registers
+    in_reverse: bool = False  # from the last token to the first
 
     @property
     def file(self) -> str:
@@ -67,6 +68,7 @@ class ForwardPlan:
         constants: dict[str, str | int] = {
             "OUTPUTS": int(self.outputs),
             "CAUSAL": int(self.causal),
+            "REVERSED": int(self.in_reverse),
             "QK_DIM": self.qk_dim,
             "V_BLOCK": self.v_block,
             "CHUNK": self.chunk,
@@ -88,14 +90,27 @@ class ScanPlan:
 
     accum: Literal["float", "double"]
     compute_capability: int
+    in_reverse: bool = False
     num_threads: int = 256
+    smem_bytes: int = 0
     file: str = "scan.cu"
 
     @property
     def constants(self) -> _compile.Constants:
         """Compile-time constants."""
-        ampere = int(self.compute_capability >= 80)
-        return (("ACCUM", self.accum), ("NUM_THREADS", self.num_threads), ("AMPERE", ampere))
+        ampere, in_reverse = int(self.compute_capability >= 80), int(self.in_reverse)
+        return ("ACCUM", self.accum), ("NUM_THREADS", self.num_threads), ("AMPERE", ampere), ("REVERSED", in_reverse)
+
+
+def padded_qk_dim(head_dim: int) -> int:
+    """Return the next larger head_dim of q and k that there are kernels for."""
+    return next(padded for padded in _QK_DIMS if head_dim <= padded)
+
+
+def smem_limits(compute_capability: int) -> tuple[int, int]:
+    """Return how many bytes of shared memory a block may have, and an SM has."""
+    of_block, of_sm = _SMEM_KIB.get(compute_capability, _SMEM_KIB_ELSE)
+    return of_block * _KIB, of_sm * _KIB
 
 
 def _tensor_core_smem(qk_dim: int, v_block: int, chunk: int, stages: int) -> int:
@@ -113,16 +128,22 @@ def _float_smem(itemsize: int, qk_dim: int, v_block: int, chunk: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def plan_for(
-    dtype: Dtype, head_dim: int, compute_capability: int, *, outputs: bool = True, causal: bool = True
+    dtype: Dtype,
+    head_dim: int,
+    compute_capability: int,
+    *,
+    outputs: bool = True,
+    causal: bool = True,
+    in_reverse: bool = False,
 ) -> ForwardPlan:
     """Return the tiling for a head_dim of q and k on an architecture.
 
     A readable rule, no measuring: the largest tiles whose shared memory fits; two stages where as many blocks an SM
     as the registers allow still fit with them, or where even one stage would leave only one block.
     """
-    qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
-    limit, per_sm = (kib * _KIB for kib in _SMEM_KIB.get(compute_capability, _SMEM_KIB_ELSE))
-    plan = functools.partial(ForwardPlan, dtype, compute_capability, outputs, causal, qk_dim)
+    qk_dim = padded_qk_dim(head_dim)
+    limit, per_sm = smem_limits(compute_capability)
+    plan = functools.partial(ForwardPlan, dtype, compute_capability, outputs, causal, qk_dim, in_reverse=in_reverse)
     if dtype in ("float16", "bfloat16"):
         has_cp_async = compute_capability >= 80
         # A thread holds qk_dim / 2 floats of state and chunk / 2 of outputs: three blocks' registers fit up to 64.
@@ -150,8 +171,8 @@ def plan_for(
 
 def blocks_per_sm(plan: ForwardPlan) -> int:
     """Estimate how many blocks of a plan one SM holds: by its shared memory, and by registers as planned."""
-    _, per_sm_kib = _SMEM_KIB.get(plan.compute_capability, _SMEM_KIB_ELSE)
-    return max(1, min(per_sm_kib * _KIB // (plan.smem_bytes + _KIB), plan.min_blocks))
+    _, per_sm = smem_limits(plan.compute_capability)
+    return max(1, min(per_sm // (plan.smem_bytes + _KIB), plan.min_blocks))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -188,8 +209,13 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]  # of [batch, seqlen, num_heads, head_dim], in elements
     aligned: bool  # the pointer is a multiple of 16 bytes
 
+    @classmethod
+    def of(cls, array: View) -> Layout:
+        """Return that of an array."""
+        return cls(array.strides, array.pointer % 16 == 0)
 
-def _contiguous(batch: int, seqlen: int, num_heads: int, head_dim: int) -> Layout:
+
+def contiguous(batch: int, seqlen: int, num_heads: int, head_dim: int) -> Layout:
     """Of memory as allocators give it."""
     return Layout((seqlen * num_heads * head_dim, num_heads * head_dim, head_dim, 1), aligned=True)
 
@@ -217,6 +243,7 @@ class Problem:
     initial_strides: tuple[int, ...] | None = None  # of [batch, num_heads, qk_dim, v_dim]; None is no initial state
     return_state: bool = False
     high: bool = False  # precision="high"
+    in_reverse: bool = False  # from the last token to the first, with states as forward.cuh has them then
 
     @property
     def state_dtype(self) -> Literal["float32", "float64"]:
@@ -271,24 +298,31 @@ def is_vectorizable(layout: Layout, sizes: tuple[int, ...], itemsize: int) -> bo
     return aligned and last == 1 and width * itemsize % 16 == 0
 
 
-def portable_steps(problem: Problem) -> Steps:
-    """Return the launches of forward.cu or forward_float.cu: for any GPU, any strides."""
+def portable_steps(problem: Problem, num_segments: int | None = None) -> Steps:
+    """Return the launches of forward.cu or forward_float.cu: for any GPU, any strides.
+
+    With `num_segments`, only the scan that makes states in front of so many segments out of what these add, in the
+    buffer "segment_states".
+    """
     dtype, arch = problem.dtype, problem.compute_capability
-    plan = plan_for(dtype, problem.qk_dim, arch, causal=problem.causal)
-    states_plan = plan_for(dtype, problem.qk_dim, arch, outputs=False)
-    scan_plan = ScanPlan(plan.accum, arch)
+    in_reverse = problem.in_reverse
+    plan = plan_for(dtype, problem.qk_dim, arch, causal=problem.causal, in_reverse=in_reverse)
+    states_plan = plan_for(dtype, problem.qk_dim, arch, outputs=False, in_reverse=in_reverse)
+    scan_plan = ScanPlan(plan.accum, arch, in_reverse)
 
     num_heads = problem.batch * problem.num_heads
     num_v_blocks = -(-problem.v_dim // plan.v_block)
     num_chunks = -(-problem.seqlen // plan.chunk)
     num_rows = num_heads * num_v_blocks
     num_slots = problem.num_sms * blocks_per_sm(plan)
-    num_segments = num_segments_for(num_rows, num_chunks, num_slots) if problem.seqlen else 0
+    scan_only = num_segments is not None
+    if num_segments is None:
+        num_segments = num_segments_for(num_rows, num_chunks, num_slots) if problem.seqlen else 0
     segment_length = -(-num_chunks // max(num_segments, 1)) * plan.chunk
     has_segment_states = num_segments > 1 or (problem.seqlen > 0 and not problem.causal)
 
     state_shape = (problem.batch, problem.num_heads, problem.qk_dim, problem.v_dim)
-    pointers = {name: name for name in "oqkv"}
+    pointers = {name: name for name in ("" if scan_only else "oqkv")}
     buffers = []
     if has_segment_states:
         shape = (*state_shape[:2], num_segments, *state_shape[2:])
@@ -322,17 +356,38 @@ def portable_steps(problem: Problem) -> Steps:
 
     num_blocks = num_rows * num_segments
     launches = []
-    if has_segment_states:
-        launches.append(_launch(states_plan, "forward", num_blocks, arguments))
+    if has_segment_states and not scan_only:
+        launches.append(launch(states_plan, "forward", num_blocks, arguments))
     if has_segment_states or problem.seqlen == 0:
         num_elements = num_heads * problem.qk_dim * problem.v_dim
-        launches.append(_launch(scan_plan, "scan", -(-num_elements // scan_plan.num_threads), arguments))
-    if problem.seqlen:
-        launches.append(_launch(plan, "forward", num_blocks, arguments))
+        launches.append(launch(scan_plan, "scan", -(-num_elements // scan_plan.num_threads), arguments))
+    if problem.seqlen and not scan_only:
+        launches.append(launch(plan, "forward", num_blocks, arguments))
     return Steps(tuple(launches), tuple(buffers))
 
 
-def _launch(plan: ForwardPlan | ScanPlan, name: str, num_blocks: int, arguments: Arguments) -> Launch:
+class Plan(Protocol):
+    """What a launch takes from a plan."""
+
+    @property
+    def file(self) -> str:
+        """Name in kernels_cu."""
+
+    @property
+    def constants(self) -> _compile.Constants:
+        """Compile-time constants."""
+
+    @property
+    def num_threads(self) -> int:
+        """Of a block."""
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory."""
+
+
+def launch(plan: Plan, name: str, num_blocks: int, arguments: Arguments) -> Launch:
+    """Return a launch of so many blocks, in one dimension as far as a grid goes, then in two."""
     grid_x = min(num_blocks, _MAX_GRID_X)
     return Launch(
         plan.file,
@@ -340,13 +395,13 @@ def _launch(plan: ForwardPlan | ScanPlan, name: str, num_blocks: int, arguments:
         plan.constants,
         grid=(grid_x, -(-num_blocks // grid_x), 1),
         block=(plan.num_threads, 1, 1),
-        smem_bytes=plan.smem_bytes if isinstance(plan, ForwardPlan) else 0,
+        smem_bytes=plan.smem_bytes,
         arguments=arguments,
     )
 
 
 @functools.cache
-def _device_properties(device_id: int) -> tuple[int, int]:
+def device_properties(device_id: int) -> tuple[int, int]:
     """Compute capability, and number of SMs."""
     import cupy
 
@@ -364,14 +419,14 @@ def contiguous_problem(
     device_id: int, dtype: Dtype, batch: int, seqlen: int, num_heads: int, qk_dim: int, v_dim: int, **options: Any
 ) -> Problem:
     """Return the problem of arrays as allocators give them; `options` are other fields of it."""
-    q, v = (_contiguous(batch, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
+    q, v = (contiguous(batch, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
     sizes = (batch, seqlen, num_heads, qk_dim, v_dim)
-    return Problem(*_device_properties(device_id), dtype, *sizes, v, q, q, v, **{"scale": 1.0, **options})
+    return Problem(*device_properties(device_id), dtype, *sizes, v, q, q, v, **{"scale": 1.0, **options})
 
 
 def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:
     """Return the kernels that calls on contiguous arrays launch, whatever their length and number of heads."""
-    _, num_sms = _device_properties(device_id)
+    _, num_sms = device_properties(device_id)
     found: dict[_compile.Wanted, None] = {}
     # Few tokens are not worth a cut. Heads from one to those that fill the GPU, and many times as many.
     heads = {2**i for i in range(8)} | {-(-num_sms * part // 16) for part in range(1, 17)} | {64 * num_sms}
@@ -426,13 +481,7 @@ def forward(
     assert q.device is not None
     batch, seqlen, num_heads, qk_dim = q.shape
     v_dim = v.shape[-1]
-    layouts = {
-        name: Layout(array.strides, array.pointer % 16 == 0)
-        for name, array in (("o", o), ("q", q), ("k", k), ("v", v))
-        if array is not None
-    }
-    layouts.setdefault("o", _contiguous(batch, seqlen, num_heads, v_dim))
-    compute_capability, num_sms = _device_properties(q.device)
+    compute_capability, num_sms = device_properties(q.device)
     problem = Problem(
         compute_capability,
         num_sms,
@@ -442,7 +491,10 @@ def forward(
         num_heads,
         qk_dim,
         v_dim,
-        **layouts,
+        o=Layout.of(o) if o is not None else contiguous(batch, seqlen, num_heads, v_dim),
+        q=Layout.of(q),
+        k=Layout.of(k),
+        v=Layout.of(v),
         scale=scale,
         causal=causal,
         slope=0.0 if isinstance(slopes, View) else slopes,

@@ -37,6 +37,8 @@ class HopperPlan:
     neighbours: int  # rows whose blocks are a cluster, only to load in step
     split: bool  # whether teams of blocks share a row's sequence
     high: bool  # operands as sums of two numbers
+    in_reverse: bool  # from the last token to the first
+    attentions: int  # how many a launch has, of the same sizes
     q_stages: int  # chunks of q in shared memory
     stages: int  # chunks of k and v
     output_buffers: int
@@ -63,18 +65,27 @@ class HopperPlan:
             ("BFLOAT16", int(self.dtype == "bfloat16")),
             ("SPLIT", int(self.split)),
             ("HIGH", int(self.high)),
+            ("REVERSED", int(self.in_reverse)),
+            ("ATTENTIONS", self.attentions),
             ("SMEM_BYTES", self.smem_bytes),
             ("AMPERE", 1),
         )
 
 
-def _smem_bytes(qk_dim: int, v_groups: int, high: bool, q_stages: int, stages: int, output_buffers: int) -> int:
+def _smem_bytes(
+    qk_dim: int, v_groups: int, high: bool, in_reverse: bool, q_stages: int, stages: int, output_buffers: int
+) -> int:
     """Bytes of `Shared`, in its order."""
     blocks = -(-qk_dim // 64)
     tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
-    tables = 2 * 1024 + v_groups * (64 * 4 + 2 * 32 * 8 + 5 * 4) + 8 * 4
+    tables = 2 * 1024 + v_groups * ((1 + in_reverse) * 64 * 4 + 2 * 32 * 8 + 5 * 4) + 8 * 4
     barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers + 1)
     return -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
+
+
+def padded_qk_dim(head_dim: int) -> int:
+    """Return the next larger head_dim of q and k that there are kernels for, of 16 bits."""
+    return next(padded for padded in _QK_DIMS if head_dim <= padded)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,18 +98,22 @@ def plan_for(
     neighbours: int = 1,
     split: bool = False,
     high: bool = False,
+    in_reverse: bool = False,
+    attentions: int = 1,
 ) -> HopperPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to six of q, with two output buffers.
 
     k and v, of which there are three at least, may have one more: q is done with first.
     """
-    qk_dim = next(padded for padded in _QK_DIMS if head_dim <= padded)
+    qk_dim = padded_qk_dim(head_dim)
     for output_buffers, q_stages, more in itertools.product((2, 1), (6, 5, 4, 3, 2), (1, 0)):
         stages = q_stages + more
-        smem_bytes = _smem_bytes(qk_dim, v_groups, high, q_stages, stages, output_buffers)
+        smem_bytes = _smem_bytes(qk_dim, v_groups, high, in_reverse, q_stages, stages, output_buffers)
         if stages >= 3 and smem_bytes <= _MAX_SMEM_BYTES:
             tiling = (q_stages, stages, output_buffers, smem_bytes)
-            return HopperPlan(dtype, qk_dim, v_groups, cluster, neighbours, split, high, *tiling)
+            return HopperPlan(
+                dtype, qk_dim, v_groups, cluster, neighbours, split, high, in_reverse, attentions, *tiling
+            )
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
@@ -111,6 +126,7 @@ class HopperFloatPlan:
     stages: int  # chunks in shared memory
     p_buffers: int
     smem_bytes: int
+    in_reverse: bool = False  # from the last token to the first
 
     dtype = "float32"
     file = "forward_float_sm90.cu"
@@ -128,6 +144,7 @@ class HopperFloatPlan:
             ("V_GROUPS", self.v_groups),
             ("STAGES", self.stages),
             ("P_BUFFERS", self.p_buffers),
+            ("REVERSED", int(self.in_reverse)),
             ("SMEM_BYTES", self.smem_bytes),
             ("AMPERE", 1),
         )
@@ -137,20 +154,20 @@ def _float_smem_bytes(qk_dim: int, v_groups: int, stages: int, p_buffers: int) -
     """Bytes of `Shared`, in its order, and what aligning it to 1024 bytes may take."""
     tiles = stages * (2 * qk_dim // 32 + 2 * v_groups) + 2 * p_buffers
     parked = v_groups * 8 * 128 * 16 if qk_dim > 128 else 16
-    tables = 4 * 64 * (4 * stages + p_buffers + 2 + 1 + 2) + 2 * 8
+    tables = 4 * 64 * (4 * stages + p_buffers + 2 + 2 + 2) + 2 * 8
     barriers = 8 * (stages * (5 + v_groups) + 2 * p_buffers)
     shared = -(-(tiles * _TILE_BYTES + parked + tables + barriers) // 1024) * 1024
     return shared + 1024
 
 
 @functools.lru_cache(maxsize=1024)
-def float_plan_for(head_dim: int, v_groups: int) -> HopperFloatPlan:
+def float_plan_for(head_dim: int, v_groups: int, *, in_reverse: bool = False) -> HopperFloatPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to three, then two buffers for scores."""
     qk_dim = next(padded for padded in _FLOAT_QK_DIMS if head_dim <= padded)
     for stages, p_buffers in itertools.product((3, 2, 1), (2, 1)):
         smem_bytes = _float_smem_bytes(qk_dim, v_groups, stages, p_buffers)
         if smem_bytes <= _MAX_SMEM_BYTES:
-            return HopperFloatPlan(qk_dim, v_groups, stages, p_buffers, smem_bytes)
+            return HopperFloatPlan(qk_dim, v_groups, stages, p_buffers, smem_bytes, in_reverse)
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
 
@@ -217,7 +234,7 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
     The least time of a simple model. The rule sees sizes only, so the same call on the same kind of GPU always gives
     the same bits.
     """
-    qk_dim = next(padded for padded in _QK_DIMS if qk_dim <= padded)
+    qk_dim = padded_qk_dim(qk_dim)
     num_chunks = max(1, -(-seqlen // _CHUNK))
     widths = (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,)
     times = (_times(num_heads, num_chunks, qk_dim, v_dim, v_groups, num_sms) for v_groups in widths)
@@ -334,9 +351,22 @@ def neighbours_for(tiling: Tiling, num_rows: int, num_chunks: int, qk_dim: int) 
     return 2 if is_worth_it and tiling.cluster == tiling.team_size == 1 and num_rows % 2 == 0 else 1
 
 
-def steps(problem: Problem) -> Steps:
-    """Return the one launch of a kernel, and the memory that its blocks meet in."""
-    num_heads = problem.batch * problem.num_heads
+def is_pair(first: Problem, second: Problem) -> bool:
+    """Whether one launch can do two attentions, over the same arrays in different roles."""
+
+    def sizes(problem: Problem) -> tuple[int, int]:
+        return padded_qk_dim(problem.qk_dim), -(-problem.v_dim // 64)
+
+    return fits(first) and fits(second) and first.dtype != "float32" and sizes(first) == sizes(second)
+
+
+def steps(problem: Problem, second: Problem | None = None) -> Steps:
+    """Return the one launch of a kernel, and the memory that its blocks meet in.
+
+    The arrays of a second problem, such that `is_pair`, have names with "second_" in front.
+    """
+    problems = (problem,) if second is None else (problem, second)
+    num_heads = problem.batch * problem.num_heads * len(problems)
     if problem.dtype == "float32":
         # Blocks of one group read q and k of a head from L2 again, but there are enough of them for more SMs.
         is_wide = problem.v_dim > 64 and num_heads * -(-problem.v_dim // 64) > problem.num_sms
@@ -347,54 +377,60 @@ def steps(problem: Problem) -> Steps:
     num_v_blocks = -(-problem.v_dim // (64 * v_groups))
     num_rows = num_heads * num_v_blocks
     if problem.dtype == "float32":
-        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups)
+        plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups, in_reverse=problem.in_reverse)
     else:
+        num_neighbours = num_rows if second is None else problem.batch * problem.num_heads  # they are of one attention
         plan = plan_for(
             problem.dtype,
             problem.qk_dim,
             v_groups,
             cluster=tiling.cluster,
-            neighbours=neighbours_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
+            neighbours=neighbours_for(tiling, num_neighbours, -(-problem.seqlen // _CHUNK), problem.qk_dim),
             split=team_size > 1,
             high=problem.high,
+            in_reverse=problem.in_reverse,
+            attentions=len(problems),
         )
-    args = np.zeros(1, _ARGS)
     num_teams = min(problem.num_sms // team_size, num_rows) if team_size > 1 else num_rows
     grid = (num_teams, team_size, 1)
-    if problem.slopes is not None and is_balanced(tiling, num_rows, plan.qk_dim, problem.num_sms):
+    is_unequal = problem.slopes is not None and is_balanced(tiling, num_rows, plan.qk_dim, problem.num_sms)
+    if is_unequal:
         grid = (problem.num_sms, 1, 1)
-        args["states_time"] = _STATES_TIME[v_groups]
-
-    pointers: dict[str, str] = {}
     buffers = []
-    for name, (shape, strides, _) in _arrays_of(problem).items():
-        args[name] = np.void(_tensor_map.encode(problem.dtype, shape, strides))
-        pointers[name] = name
-    if problem.return_state:
-        pointers["final_state"] = "final_state"
-    if problem.initial_strides is not None:
-        pointers["initial_state"], args["initial_strides"] = "initial_state", problem.initial_strides
     if team_size > 2:
         # Two of each state, which rows of a team take in turn, and two flags for each group, of 8 bytes.
         num_members = grid[0] * grid[1]
         num_floats = 2 * ((num_members - num_teams) * plan.qk_dim * 64 * v_groups + num_members * v_groups * 2)
         buffers.append(Buffer("workspace", (num_floats,), "float32"))
-        pointers |= {"workspace": "workspace", "first_flag": UNIQUE}
-    if problem.slopes is not None:
-        slopes_dtype, args["slopes_stride"] = problem.slopes
-        pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
-    else:
-        args["slope"] = problem.slope
-    args["scale"], args["num_rows"], args["seqlen"] = problem.scale, num_rows, problem.seqlen
-    args["first_length"], args["segment_length"] = tiling.first_chunks * _CHUNK, tiling.chunks * _CHUNK
-    args["team_size"] = team_size
-    args["num_heads"], args["qk_dim"], args["v_dim"] = problem.num_heads, problem.qk_dim, problem.v_dim
-    args["num_v_blocks"] = num_v_blocks
-    assert _ARGS.fields is not None
-    slots = tuple(
-        (_ARGS.fields[field][1] + (_tensor_map.address_offset() if field in "qkvo" else 0), array)
-        for field, array in pointers.items()
-    )
+
+    template, slots = b"", []
+    for each, prefix in zip(problems, ("", "second_"), strict=False):
+        args = np.zeros(1, _ARGS)
+        pointers: dict[str, str] = {}
+        for name, (shape, strides, _) in _arrays_of(each).items():
+            args[name] = np.void(_tensor_map.encode(each.dtype, shape, strides))
+            pointers[name] = prefix + name
+        if each.return_state:
+            pointers["final_state"] = f"{prefix}final_state"
+        if each.initial_strides is not None:
+            pointers["initial_state"], args["initial_strides"] = f"{prefix}initial_state", each.initial_strides
+        if team_size > 2:
+            pointers |= {"workspace": "workspace", "first_flag": UNIQUE}
+        if each.slopes is not None:
+            slopes_dtype, args["slopes_stride"] = each.slopes
+            pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
+        else:
+            args["slope"] = each.slope
+        args["scale"], args["num_rows"], args["seqlen"] = each.scale, num_rows, each.seqlen
+        args["first_length"], args["segment_length"] = tiling.first_chunks * _CHUNK, tiling.chunks * _CHUNK
+        args["team_size"], args["states_time"] = team_size, _STATES_TIME[v_groups] if is_unequal else 0
+        args["num_heads"], args["qk_dim"], args["v_dim"] = each.num_heads, each.qk_dim, each.v_dim
+        args["num_v_blocks"] = num_v_blocks
+        assert _ARGS.fields is not None
+        for field, array in pointers.items():
+            offset = _ARGS.fields[field][1] + (_tensor_map.address_offset() if field in "qkvo" else 0)
+            slots.append((len(template) + offset, array))
+        template += args.tobytes().ljust(_ARGS_BYTES, b"\0")
     launch = Launch(
         plan.file,
         "forward",
@@ -402,7 +438,7 @@ def steps(problem: Problem) -> Steps:
         grid=grid,
         block=(plan.num_threads, 1, 1),
         smem_bytes=plan.smem_bytes,
-        arguments=Arguments(args.tobytes().ljust(_ARGS_BYTES, b"\0"), slots),
+        arguments=Arguments(template, tuple(slots)),
         cooperative=team_size > 2,
     )
     return Steps((launch,), tuple(buffers))

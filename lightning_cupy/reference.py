@@ -9,6 +9,13 @@ Three forms of one function, for one head::
 The chunked form is the tiling of Lightning Attention-2 (arXiv 2401.04658, algorithm 1, equations 4 to 10):
 time O(n (K V + chunk (K + V))) a head, and working memory that does not depend on n. Exponents only count
 tokens back in time, so with slopes >= 0 no exponential exceeds 1, whatever the slope and the length.
+
+Gradients, with ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)`` that of S_t::
+
+    dq_t = scale S_t do_t,   dk_t = G_t v_t,   dv_t = G_t^T k_t,   dinitial_state = exp(-slope) G_1
+    dslope = - sum over t of exp(-slope) <G_t, S_(t-1)>
+
+so that dq, dk and dv are functions of the same form, dk and dv from the last token to the first.
 """
 
 from __future__ import annotations
@@ -16,14 +23,14 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["chunked", "quadratic", "recurrent"]
+__all__ = ["Gradients", "chunked", "chunked_backward", "quadratic", "recurrent", "recurrent_backward"]
 
 Array = npt.NDArray[Any]
 Slopes = float | Sequence[float] | Array | None
@@ -34,6 +41,26 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # under one lock, where threads that each have their own heads wait for one another.
 _SHARED_PRODUCT = 2**19
 _TILES = 16  # chunks of all its heads that a thread has in hand: fewer cost interpreter time, more the cache
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to what goes into lightning attention; None for one that was not wanted.
+
+    Attributes
+    ----------
+    dq, dk, dv : array
+        In the shapes and the dtype of q, k and v.
+    dinitial_state : array, (batch, heads, K, V) without the leading axes that q lacks
+        In float32, or float64 for float64 inputs.
+    dslopes : array, (heads,)
+        Summed over the batch, in the dtype of dinitial_state.
+    """
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dinitial_state: Any
+    dslopes: Any
 
 
 def recurrent(
@@ -94,6 +121,69 @@ def recurrent(
     if not causal:
         outputs[...] = x.scale * (queries @ state)
     return o, _as_leading_axes_of(q, state)
+
+
+def recurrent_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slopes: Slopes = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    dstate: Array | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Gradients:
+    """All gradients of `recurrent`, token by token; the states of all tokens are in memory.
+
+    Parameters
+    ----------
+    do : array, shape of v
+        Gradient of o.
+    q, k, v, slopes, scale, causal, initial_state
+        As of `recurrent`.
+    dstate : array, shape of the state, optional
+        Gradient of the state behind the last token; zeros by default.
+    dtype : dtype, optional
+        Of the computation and of all results; by default as of `recurrent`.
+
+    Returns
+    -------
+    gradients : Gradients
+        dslopes is None with ``causal=False``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `recurrent` does.
+    """
+    x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    gradient = _state_gradient(x, do, q, v, dstate)
+    queries, keys, values, grads = (array.astype(gradient.dtype) for array in (x.q, x.k, x.v, _by_head(do)))
+    (dq, by_head_dq), (dk, by_head_dk), (dv, by_head_dv) = (_outputs(q, like, dtype) for like in (q, k, v))
+    if not causal:
+        state = x.state + keys.swapaxes(-1, -2) @ values
+        gradient += x.scale * queries.swapaxes(-1, -2) @ grads
+        by_head_dq[...] = x.scale * grads @ state.swapaxes(-1, -2)
+        by_head_dk[...] = values @ gradient.swapaxes(-1, -2)
+        by_head_dv[...] = keys @ gradient
+        return Gradients(dq, dk, dv, _as_leading_axes_of(q, gradient), None)
+
+    decay = _decay(x.slopes, 1)[:, None, None].astype(gradient.dtype)
+    states = [x.state]
+    for t in range(queries.shape[2]):
+        states.append(decay * states[t] + keys[:, :, t, :, None] * values[:, :, t, None, :])
+    dslopes = np.zeros(len(x.slopes))
+    for t in reversed(range(queries.shape[2])):
+        gradient += x.scale * queries[:, :, t, :, None] * grads[:, :, t, None, :]
+        by_head_dq[:, :, t] = x.scale * (states[t + 1] @ grads[:, :, t, :, None])[..., 0]
+        by_head_dk[:, :, t] = (gradient @ values[:, :, t, :, None])[..., 0]
+        by_head_dv[:, :, t] = (keys[:, :, t, None, :] @ gradient)[:, :, 0]
+        gradient *= decay
+        dslopes -= np.sum(gradient * states[t], (0, 2, 3), np.float64)
+    return Gradients(dq, dk, dv, _as_leading_axes_of(q, gradient), dslopes.astype(gradient.dtype))
 
 
 def quadratic(
@@ -178,30 +268,70 @@ def chunked(
     if out is not None and out.shape != v.shape:
         raise ValueError(f"out must have v's shape {v.shape}, but got {out.shape}")
     o, outputs = _outputs(q, v, dtype) if out is None else (out, _by_head(out))
-    batch, heads, n, _ = x.q.shape
-    attend = _causal if causal else _bidirectional
-
-    # One part for each thread, or more where a part would have more than _TILES heads.
-    threads = _num_cores() if n > chunk else 1
-    share = min(math.ceil(batch * heads / threads), _TILES)
-    part_heads = max(1, min(heads, share))
-    part_batch = max(1, share // part_heads)
-    parts = list(itertools.product(_slices(batch, part_batch), _slices(heads, part_heads)))
-
-    def run(part: tuple[slice, slice]) -> None:
-        _, h = part
-        inputs = _Problem(x.q[part], x.k[part], x.v[part], x.state[part], x.slopes[h], x.scale)
-        # As on a GPU, what becomes of infinities is not reported. Threads do not have the caller's errstate anyway.
-        with np.errstate(all="ignore"):
-            attend(inputs, outputs[part], max(1, min(chunk, n)))
-
-    if len(parts) > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, parts))
-    else:
-        for part in parts:
-            run(part)
+    _attend(x, outputs, causal, chunk)
     return o, _as_leading_axes_of(q, x.state)
+
+
+def chunked_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    slopes: Slopes = None,
+    scale: float | None = None,
+    causal: bool = True,
+    initial_state: Array | None = None,
+    dstate: Array | None = None,
+    wanted: Collection[str] = Gradients._fields,
+    chunk: int = 64,
+    dtype: npt.DTypeLike | None = None,
+) -> Gradients:
+    """Gradients of `chunked`, likewise some chunks at a time, on all cores.
+
+    Parameters
+    ----------
+    do, q, k, v, slopes, scale, causal, initial_state, dstate, dtype
+        As of `recurrent_backward`.
+    wanted : collection of str
+        Fields of the result to compute; the rest is None. By default all, but dslopes with ``causal=False``.
+    chunk : int, default 64
+        Tokens in a chunk, 1 or more. Results differ by rounding only.
+
+    Returns
+    -------
+    gradients : Gradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `recurrent_backward` does, and for a chunk below 1.
+    """
+    x = _problem(q, k, v, slopes, scale, causal, initial_state, dtype)
+    gradient = _state_gradient(x, do, q, v, dstate)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, but got {chunk}")
+    grads = _by_head(do)
+    found: dict[str, Array] = {}
+    if "dslopes" in wanted and causal:
+        found["dslopes"] = _slope_gradients(x, grads, gradient, chunk).astype(gradient.dtype)
+    if "dq" in wanted:
+        found["dq"], outputs = _outputs(q, q, dtype)
+        state = np.ascontiguousarray(x.state.swapaxes(-1, -2))
+        _attend(x._replace(q=grads, k=x.v, v=x.k, state=state), outputs, causal, chunk)
+    # From the last token to the first.
+    queries, keys, values, grads = (array[:, :, ::-1] for array in (x.q, x.k, x.v, grads))
+    if "dk" in wanted:
+        found["dk"], outputs = _outputs(q, k, dtype)
+        state = np.ascontiguousarray(gradient.swapaxes(-1, -2))
+        flipped = x._replace(q=values, k=grads, v=queries, state=state, in_reverse=True)
+        _attend(flipped, outputs[:, :, ::-1], causal, chunk)
+    if "dv" in wanted or "dinitial_state" in wanted:
+        dv, outputs = _outputs(q, v, dtype)
+        flipped = x._replace(q=keys, k=queries, v=grads, state=gradient, in_reverse=True)
+        _attend(flipped, outputs[:, :, ::-1], causal, chunk)
+        found |= {"dv": dv, "dinitial_state": _as_leading_axes_of(q, gradient)}
+    return Gradients(*(found[name] if name in found and name in wanted else None for name in Gradients._fields))
 
 
 class _Problem(NamedTuple):
@@ -213,6 +343,9 @@ class _Problem(NamedTuple):
     state: Array  # [batch, heads, K, V] in the dtype of the computation
     slopes: Array  # [heads], float64
     scale: float
+    # Whether tokens are flipped, for gradients. What a token hands on is then a state that has scale and its own decay
+    # in it already, so that gradients of states go in and come out as they are.
+    in_reverse: bool = False
 
 
 def _problem(
@@ -253,6 +386,22 @@ def _problem(
     return _Problem(queries, keys, values, state, rates, key_dim**-0.5 if scale is None else float(scale))
 
 
+def _state_gradient(x: _Problem, do: Array, q: Array, v: Array, dstate: Array | None) -> Array:
+    """Check the gradients that a backward pass is given; return dstate, of our own, as [batch, heads, K, V]."""
+    if not isinstance(do, np.ndarray) or do.dtype != q.dtype:
+        got = getattr(do, "dtype", type(do).__name__)
+        raise TypeError(f"do must be a NumPy array in q's dtype, {q.dtype}, but got {got}")
+    if do.shape != v.shape:
+        raise ValueError(f"do must have v's shape {v.shape}, but got {do.shape}")
+    gradient = np.zeros_like(x.state)
+    if dstate is not None:
+        view = _as_leading_axes_of(q, gradient)
+        if dstate.shape != view.shape:
+            raise ValueError(f"dstate must have shape {view.shape}, but got {dstate.shape}")
+        view[...] = dstate
+    return gradient
+
+
 def _by_head(array: Array) -> Array:
     """View (n, d), (n, heads, d) or (batch, n, heads, d) as [batch, heads, n, d]."""
     view: Array = array[{2: np.s_[None, :, None], 3: np.s_[None], 4: np.s_[...]}[array.ndim]].swapaxes(1, 2)
@@ -277,19 +426,93 @@ def _decay(slopes: Array, tokens: int | Array) -> Array:
     return decay
 
 
-def _chunk_decays(slopes: Array, scale: float, chunk: int) -> tuple[Array, Array, Array]:
+def _chunk_decays(x: _Problem, chunk: int) -> tuple[Array, Array, Array]:
     """Factors of scores, q and k in a chunk: [heads, 1, chunk, chunk] and twice [heads, 1, chunk, 1]."""
     position = np.arange(chunk)
-    mask = np.tril(_decay(slopes, np.maximum(position[:, None] - position, 0)))
-    query_decay, key_decay = (_decay(slopes, tokens)[..., None] for tokens in (position + 1, position[::-1]))
-    return scale * mask[:, None], scale * query_decay[:, None], key_decay[:, None]
+    mask = np.tril(_decay(x.slopes, np.maximum(position[:, None] - position, 0)))
+    tokens = (position, position[::-1] + 1) if x.in_reverse else (position + 1, position[::-1])
+    query_decay, key_decay = (_decay(x.slopes, count)[:, None, :, None] for count in tokens)
+    query_scale, key_scale = (1, x.scale) if x.in_reverse else (x.scale, 1)
+    return x.scale * mask[:, None], query_scale * query_decay, key_scale * key_decay
+
+
+def _attend(x: _Problem, outputs: Array, causal: bool, chunk: int) -> None:
+    """Write the outputs [batch, heads, n, V] and advance the state, parts of the heads on each core."""
+    run = _causal if causal else _bidirectional
+    size = max(1, min(chunk, x.q.shape[2]))
+    _for_parts(x, chunk, lambda part, inputs: run(inputs, outputs[part], size))
+
+
+def _for_parts(x: _Problem, chunk: int, run: Callable[[tuple[slice, slice], _Problem], None]) -> None:
+    """Call for parts of batch and heads, on all cores: one for each, or more where one had more than _TILES heads."""
+    batch, heads, n, _ = x.q.shape
+    threads = _num_cores() if n > chunk else 1
+    share = min(math.ceil(batch * heads / threads), _TILES)
+    part_heads = max(1, min(heads, share))
+    part_batch = max(1, share // part_heads)
+    parts = list(itertools.product(_slices(batch, part_batch), _slices(heads, part_heads)))
+
+    def run_part(part: tuple[slice, slice]) -> None:
+        _, h = part
+        # As on a GPU, what becomes of infinities is not reported. Threads do not have the caller's errstate anyway.
+        with np.errstate(all="ignore"):
+            run(part, x._replace(q=x.q[part], k=x.k[part], v=x.v[part], state=x.state[part], slopes=x.slopes[h]))
+
+    if len(parts) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run_part, parts))
+    else:
+        for part in parts:
+            run_part(part)
+
+
+def _slope_gradients(x: _Problem, grads: Array, dstate: Array, chunk: int) -> Array:
+    """Return [heads], computed in float64: one number of a head is often a small sum of large ones.
+
+    Pairs of tokens count as many times as they are apart: in a chunk directly; with those in front of it by the state,
+    and by the state whose terms are multiplied by their ages. No weight is the difference of large ones, in which heads
+    that forget fast would lose all digits.
+    """
+    batch, heads, n, _ = x.q.shape
+    totals = np.zeros((batch, heads))
+    position = np.arange(max(1, min(chunk, n)))
+    distance = np.tril(position[:, None] - position)
+
+    def dot(state: Array, other: Array) -> Array:
+        # No 0 * inf where decays overflow while a state has not begun.
+        products = np.multiply(state, other, out=np.zeros_like(state), where=state != 0)
+        sums: Array = np.sum(products, (-1, -2))
+        return sums
+
+    def run(part: tuple[slice, slice], x: _Problem) -> None:
+        state, aged = x.state.astype(np.float64), np.zeros_like(x.state, np.float64)
+        weights = x.scale * distance * _decay(x.slopes, distance)
+        for tokens in _slices(n, len(position)):
+            q, k, v, do = (array[:, :, tokens].astype(np.float64) for array in (x.q, x.k, x.v, grads[part]))
+            size = q.shape[2]
+            past, age = position[:size, None] + 1, position[:size][::-1, None]
+            query_decay, key_decay = x.scale * _decay(x.slopes, past), _decay(x.slopes, age)
+            pairs = _product(q, k.swapaxes(-1, -2)) * _product(do, v.swapaxes(-1, -2))
+            found = np.sum(pairs * weights[:, :size, :size], (-1, -2))
+            found += dot(aged, _product((query_decay * q).swapaxes(-1, -2), do))
+            found += dot(state, _product((past * query_decay * q).swapaxes(-1, -2), do))
+            totals[part] += found
+            decay = _decay(x.slopes, size)[:, None, None]
+            k *= key_decay
+            aged += size * state
+            _advance(aged, decay, _product((age * k).swapaxes(-1, -2), v), aged)
+            _advance(state, decay, _product(k.swapaxes(-1, -2), v), state)
+        totals[part] += dot(aged, dstate[part])
+
+    _for_parts(x, chunk, run)
+    return np.asarray(0 - np.sum(totals, 0))
 
 
 def _causal(x: _Problem, o: Array, chunk: int) -> None:
     """Write o and advance the state, some chunks at a time: ``o = [scores | q] [v ; state]`` is one product."""
     batch, heads, n, key_dim = x.q.shape
     value_dim, dtype = x.v.shape[-1], x.state.dtype
-    mask, query_decay, key_decay = (array.astype(dtype) for array in _chunk_decays(x.slopes, x.scale, chunk))
+    mask, query_decay, key_decay = (array.astype(dtype) for array in _chunk_decays(x, chunk))
     tiles = (batch, heads, max(1, min(_TILES // (batch * heads), n // chunk)))
     left = np.empty((*tiles, chunk, chunk + key_dim), dtype)
     right = np.empty((*tiles, chunk + key_dim, value_dim), dtype)
@@ -355,12 +578,21 @@ def _bidirectional(x: _Problem, o: Array, chunk: int) -> None:
     for tokens in blocks:
         k, v = (np.ascontiguousarray(array[:, :, tokens], dtype) for array in (x.k, x.v))
         _matmul(k.swapaxes(-1, -2), v, update)
+        if x.in_reverse:
+            update *= x.scale
         np.add(x.state, update, out=x.state)
     for tokens in blocks:
         q = np.ascontiguousarray(x.q[:, :, tokens], dtype)
         results = np.empty((*q.shape[:-1], x.v.shape[-1]), dtype)
         _matmul(q, x.state, results)
-        o[:, :, tokens] = np.multiply(results, x.scale, out=results)
+        o[:, :, tokens] = results if x.in_reverse else np.multiply(results, x.scale, out=results)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Return ``a @ b`` of stacked matrices, on the calling thread."""
+    out = np.empty((*a.shape[:-1], b.shape[-1]), a.dtype)
+    _matmul(a, b, out)
+    return out
 
 
 def _matmul(a: Array, b: Array, out: Array) -> None:

@@ -21,6 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 4e-4, "bfloat16": 2.5e-3}
 HIGH_BOUNDS = BOUNDS | {"float16": 2.3e-4, "bfloat16": 1.8e-3}  # with precision="high"
 STATE_BOUNDS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-3}
+# Of gradients of q, k and v; and of those of states and slopes.
+GRADIENT_BOUNDS = {"float64": 1e-11, "float32": 4e-6, "float16": 6e-4, "bfloat16": 2.7e-3}
+STATE_GRADIENT_BOUNDS = {"float64": 1e-11, "float32": 4e-6, "float16": 2e-3, "bfloat16": 2e-3}
 
 LENGTHS = (1, 63, 64, 65, 1000)
 

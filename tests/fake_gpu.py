@@ -28,7 +28,7 @@ class FakeGpu:
         monkeypatch.setattr(_compile, "_kernels", {})
         monkeypatch.setattr(_compile, "_load", self._load)
         monkeypatch.setattr(_environment, "cuda_problem", lambda: None)
-        monkeypatch.setattr(forward, "_device_properties", lambda device_id: (80, num_sms))
+        monkeypatch.setattr(forward, "device_properties", lambda device_id: (80, num_sms))
         monkeypatch.setattr(_calls, "_calls", {})
         view = _arrays.view
         monkeypatch.setattr(_arrays, "view", lambda name, array: self._count(view(name, array)))

@@ -426,7 +426,7 @@ def test_sdpa_is_beside_every_default_shape():
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_portable_kernels_get_the_same_views(machine, monkeypatch, heads_first):
     problems = []
-    monkeypatch.setattr(forward, "_device_properties", lambda _: (90, 132))
+    monkeypatch.setattr(forward, "device_properties", lambda _: (90, 132))
     for name in ("steps_for", "portable_steps"):
         monkeypatch.setattr(forward, name, problems.append)
     x = _bench_gpu.Inputs(machine, bench.Shape.of(2, 3, 70, 16, 8), "float32", slopes(3), heads_first)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_cupy import _compile, forward, forward_sm90
+from lightning_cupy import _compile, backward, forward, forward_sm90
 
 pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
 
@@ -28,7 +28,13 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 PERFORMANCE_LOSS = re.compile(r"\(C75\d\d\)")
 
 HOPPER_PLANS = (forward_sm90.HopperPlan, forward_sm90.HopperFloatPlan)
-Plan = forward.ForwardPlan | forward.ScanPlan | forward_sm90.HopperPlan | forward_sm90.HopperFloatPlan
+Plan = (
+    forward.ForwardPlan
+    | forward.ScanPlan
+    | backward.SlopesPlan
+    | forward_sm90.HopperPlan
+    | forward_sm90.HopperFloatPlan
+)
 
 
 def accepted_spills(plan: Plan) -> int:
@@ -39,9 +45,12 @@ def accepted_spills(plan: Plan) -> int:
         return 64 if plan.v_groups == 2 else 0
     if isinstance(plan, forward_sm90.HopperPlan) and plan.split:
         if plan.dtype == "float16" and plan.qk_dim == 256:
-            return 72
+            return 76 if plan.in_reverse else 72
         return 8 if plan.v_groups == 2 or plan.high else 0
-    return 0
+    if isinstance(plan, backward.SlopesPlan):
+        return {"float16": 40, "float64": 12}.get(plan.dtype, 0)
+    # Three blocks an SM leave a thread 80 registers.
+    return 8 if isinstance(plan, forward.ForwardPlan) and plan.dtype == "float32" and plan.in_reverse else 0
 
 
 def arch_of(plan: Plan) -> int:
@@ -52,23 +61,32 @@ def arch_of(plan: Plan) -> int:
 def all_plans() -> list[Plan]:
     """Every plan that a call can ask for."""
     passes = ({}, {"outputs": False}, {"causal": False})
+    directions = (False, True)
     plans = {
-        forward.plan_for(dtype, head_dim, arch, **options)
-        for dtype, head_dim, arch, options in itertools.product(DTYPES, range(1, 257), ARCHS, passes)
+        forward.plan_for(dtype, head_dim, arch, **options, in_reverse=in_reverse)
+        for dtype, head_dim, arch, options, in_reverse in itertools.product(
+            DTYPES, range(1, 257), ARCHS, passes, directions
+        )
     }
-    scans = [forward.ScanPlan(accum, arch) for accum, arch in itertools.product(("float", "double"), ARCHS)]
+    scans = [forward.ScanPlan(*fields) for fields in itertools.product(("float", "double"), ARCHS, directions)]
     tilings = tuple(forward_sm90._OUTPUTS_US)
+    kinds = ({}, {"high": True}, {"in_reverse": True}, {"in_reverse": True, "attentions": 2})
     hopper = [
-        forward_sm90.plan_for(dtype, *tiling, cluster=cluster, neighbours=neighbours, split=split, high=high)
-        for dtype, tiling, high in itertools.product(DTYPES[:2], tilings, (False, True))
+        forward_sm90.plan_for(dtype, *tiling, cluster=cluster, neighbours=neighbours, split=split, **kind)
+        for dtype, tiling, kind in itertools.product(DTYPES[:2], tilings, kinds)
         for cluster, neighbours, split in (
             *((1, 1, False), (1, 1, True)),
             *((size, 1, False) for size in (2, 3, 4) if tiling[1] == 1),
             *([(1, 2, False)] if tiling[0] <= 96 else []),
         )
     ]
-    floats = [forward_sm90.float_plan_for(*tiling) for tiling in tilings if tiling[0] != 96]
-    return hopper + floats + sorted(plans, key=repr) + scans
+    floats = [
+        forward_sm90.float_plan_for(*tiling, in_reverse=in_reverse)
+        for tiling, in_reverse in itertools.product(tilings, directions)
+        if tiling[0] != 96
+    ]
+    slopes = {backward.slopes_plan_for(*fields) for fields in itertools.product(DTYPES, range(1, 257), ARCHS)}
+    return hopper + floats + sorted(plans | slopes, key=repr) + scans
 
 
 def sources_of(file: str) -> str:

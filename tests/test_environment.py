@@ -296,6 +296,6 @@ def test_a_gpu_older_than_turing(monkeypatch):
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     volta = types.SimpleNamespace(compute_capability="70", attributes={"MultiProcessorCount": 80})
     monkeypatch.setattr(cupy.cuda, "Device", lambda device_id: volta)
-    forward._device_properties.cache_clear()
+    forward.device_properties.cache_clear()
     with pytest.raises(RuntimeError, match=r"compute capability 7\.5 or later wanted, but CUDA device 3 has 7\.0"):
-        forward._device_properties(3)
+        forward.device_properties(3)

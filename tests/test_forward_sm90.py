@@ -271,7 +271,7 @@ def test_warmup_knows_all_kernels(play, monkeypatch, dtype, qk_dim, v_dim):
 
 def check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim):
     play(Driver())
-    monkeypatch.setattr(forward, "_device_properties", lambda _: (90, NUM_SMS))
+    monkeypatch.setattr(forward, "device_properties", lambda _: (90, NUM_SMS))
     known = forward.kernels_for(dtype, qk_dim, v_dim, causal=True, device_id=0)
     for num_heads, seqlen in itertools.product(
         (1, 2, 8, 33, 40, 50, 64, 100, 132, 200, 1000), (1, 65, 1000, 4096, 2**15)

@@ -207,12 +207,12 @@ def test_strided_initial_state(rng):
 @pytest.fixture
 def plans_of(monkeypatch):
     """A function that makes this GPU run the plans of an older or smaller one: their instructions all exist here."""
-    real, cubin_path = forward._device_properties, _compile.cubin_path
+    real, cubin_path = forward.device_properties, _compile.cubin_path
 
     def pretend(compute_capability: int) -> None:
         if compute_capability > real(0)[0]:
             pytest.skip("this GPU is older")
-        monkeypatch.setattr(forward, "_device_properties", lambda device_id: (compute_capability, real(device_id)[1]))
+        monkeypatch.setattr(forward, "device_properties", lambda device_id: (compute_capability, real(device_id)[1]))
         monkeypatch.setattr(_compile, "cubin_path", lambda file, constants, _: cubin_path(file, constants, real(0)[0]))
         monkeypatch.setattr(_compile, "_kernels", {})
         monkeypatch.setattr(_calls, "_calls", {})
@@ -383,7 +383,7 @@ def test_more_than_2_31_elements(rng, dtype):
 @pytest.fixture
 def hopper(monkeypatch):
     """A function that forces a tiling of forward_sm90.cu, and returns a list where launches planned since are seen."""
-    if forward._device_properties(0)[0] != 90:
+    if forward.device_properties(0)[0] != 90:
         pytest.skip("forward_sm90.cu is for compute capability 9.0")
     steps_for = forward.steps_for
 
@@ -470,7 +470,7 @@ def test_hopper_clusters(rng, hopper, poisoned, dtype, seqlen, num_heads, head_d
     factor = 1.5 if seqlen < 64 else 1.0
     check(q, k, v, dtype, factor=factor, slopes=rng.uniform(0, 0.1, num_heads), initial_state=state)
     cluster = -(-v_dim // 64)
-    if num_heads > forward_sm90.num_clusters(cluster, forward._device_properties(0)[1]):
+    if num_heads > forward_sm90.num_clusters(cluster, forward.device_properties(0)[1]):
         cluster = 1
     assert {dict(launch.constants)["CLUSTER"] for launch in launches} == {cluster}
 
@@ -537,7 +537,7 @@ def test_hopper_teams_of_different_sizes(
     rng, hopper, poisoned, monkeypatch, dtype, seqlen, num_heads, head_dim, v_dim, v_groups
 ):
     num_rows = num_heads * -(-v_dim // (64 * v_groups))
-    num_sms = forward._device_properties(0)[1]
+    num_sms = forward.device_properties(0)[1]
     monkeypatch.setattr(forward_sm90, "_MIN_US_TO_BALANCE", 0)
     launches = hopper(v_groups, num_sms // num_rows)
     q, k = (normal(rng, (seqlen, num_heads, head_dim), dtype) for _ in range(2))
@@ -585,7 +585,7 @@ def test_high_precision_of_other_kernels(rng, dtype):
 )
 def test_hopper_float32(rng, hopper, poisoned, seqlen, qk_dim, v_dim, v_groups):
     launches = hopper()
-    num_sms = forward._device_properties(0)[1]
+    num_sms = forward.device_properties(0)[1]
     heads = num_sms // 2 + 1  # as many as make two groups of a wide v worth while
     q, k = (normal(rng, (seqlen, heads, qk_dim), "float32") for _ in range(2))
     v = normal(rng, (seqlen, heads, v_dim), "float32")

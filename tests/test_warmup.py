@@ -60,7 +60,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(_compile, "_load", load)
     monkeypatch.setattr(_compile, "_kernels", {})
     monkeypatch.setattr(_environment, "cuda_problem", lambda: None)
-    monkeypatch.setattr(forward, "_device_properties", lambda device_id: (80, 108))
+    monkeypatch.setattr(forward, "device_properties", lambda device_id: (80, 108))
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
     return loaded

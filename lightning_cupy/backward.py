@@ -1,0 +1,359 @@
+"""Launches of the backward pass: kernels_cu/forward*.cu and scan.cu, and backward.cu for the slopes.
+
+With ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)``, the cotangent of the state S_t, and that of the final state in
+place of what is behind the last token::
+
+    dq_t = scale S_t do_t          attention over (do, v, k), with the initial state transposed
+    dk_t = G_t v_t                 the same over (v, do, q), from the last token to the first
+    dv_t = G_t^T k_t               the same over (k, q, do), from the last token to the first
+    dinitial_state                 the state that is left in front of the first token
+
+So each is as fast, and as exact, as a forward pass, and needs no memory beside it: states are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from . import _arrays, _compile, forward, forward_sm90
+from ._arrays import View
+from ._launch import Arguments, Buffer, Launch, Program, Steps
+from .forward import Dtype, Layout
+
+# Arrays of a call, by the names that pointers in arguments have; `Program.run` takes them in this order.
+RESULTS = ("dq", "dk", "dv", "dinitial_state", "dslopes")
+ARRAYS = (*RESULTS, "do", "q", "k", "v", "initial_state", "dstate", "slopes")
+
+
+class _Attention(NamedTuple):
+    """A gradient as the attention that it is."""
+
+    q: str
+    k: str
+    v: str
+    state: str  # what it begins with
+    state_is_transposed: bool = False
+    in_reverse: bool = False
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Whose places the arrays of the forward pass have."""
+        return {"q": self.q, "k": self.k, "v": self.v, "initial_state": self.state}
+
+
+_ATTENTIONS = {
+    "dq": _Attention("do", "v", "k", "initial_state", state_is_transposed=True),
+    "dk": _Attention("v", "do", "q", "dstate", state_is_transposed=True, in_reverse=True),
+    "dv": _Attention("k", "q", "do", "dstate", in_reverse=True),
+}
+# Those whose states at the cuts of a sequence dslopes want.
+_STATES = {"segment_states": _Attention("q", "k", "v", "initial_state"), "segment_dstates": _ATTENTIONS["dv"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that a call's launches depend on: everything but pointers and stream."""
+
+    compute_capability: int
+    num_sms: int
+    dtype: Dtype
+    batch: int
+    seqlen: int
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    do: Layout
+    q: Layout
+    k: Layout
+    v: Layout
+    scale: float
+    causal: bool = True
+    slope: float = 0.0  # of all heads, where `slopes` is None
+    slopes: tuple[str, int] | None = None  # dtype and stride of [num_heads] on the device
+    initial_strides: tuple[int, ...] | None = None  # of [batch, num_heads, qk_dim, v_dim]; None is no initial state
+    dstate_strides: tuple[int, ...] | None = None  # likewise
+    wanted: tuple[str, ...] = ("dq", "dk", "dv")
+
+    def width(self, name: str) -> int:
+        """Return the last axis of an array."""
+        return self.qk_dim if name in ("q", "k") else self.v_dim
+
+    def attention(self, this: _Attention, *, return_state: bool = False) -> forward.Problem:
+        """Return the problem of an attention over some of the arrays."""
+        strides = self.initial_strides if this.state == "initial_state" else self.dstate_strides
+        if strides is not None and this.state_is_transposed:
+            *outer, rows, columns = strides
+            strides = (*outer, columns, rows)
+        v_dim = self.width(this.v)
+        return forward.Problem(
+            compute_capability=self.compute_capability,
+            num_sms=self.num_sms,
+            dtype=self.dtype,
+            batch=self.batch,
+            seqlen=self.seqlen,
+            num_heads=self.num_heads,
+            qk_dim=self.width(this.q),
+            v_dim=v_dim,
+            o=forward.contiguous(self.batch, self.seqlen, self.num_heads, v_dim),
+            q=getattr(self, this.q),
+            k=getattr(self, this.k),
+            v=getattr(self, this.v),
+            scale=self.scale,
+            causal=self.causal,
+            slope=self.slope,
+            slopes=self.slopes,
+            initial_strides=strides,
+            return_state=return_state,
+            in_reverse=this.in_reverse,
+        )
+
+
+def steps_for(problem: Problem) -> Steps:
+    """Return the launches of a call."""
+    attentions = {}
+    for gradient, this in _ATTENTIONS.items():
+        return_state = gradient == "dv" and "dinitial_state" in problem.wanted
+        if gradient in problem.wanted or return_state:
+            attentions[gradient] = problem.attention(this, return_state=return_state)
+    parts = []
+    has_heads = problem.batch * problem.num_heads > 0
+    if has_heads and {"dk", "dv"} <= attentions.keys() and forward_sm90.is_pair(attentions["dk"], attentions["dv"]):
+        # Both read q and do, at the same time.
+        names = _names("dk") | {f"second_{name}": array for name, array in _names("dv").items()}
+        steps = forward_sm90.steps(attentions.pop("dk"), attentions.pop("dv"))
+        parts.append(_renamed(steps, names, "dk and dv"))
+    for gradient, attention in attentions.items():
+        parts.append(_renamed(forward.steps_for(attention), _names(gradient), gradient))
+    if "dv" not in problem.wanted and "dinitial_state" in problem.wanted:
+        shape = (problem.batch, problem.seqlen, problem.num_heads, problem.v_dim)
+        parts.append(Steps((), (Buffer("dv", shape, problem.dtype),)))
+    if "dslopes" in problem.wanted and problem.num_heads > 0:
+        parts.append(_slope_steps(problem))
+    return _in_turn(parts)
+
+
+def _names(gradient: str) -> dict[str, str]:
+    return _ATTENTIONS[gradient].names | {"o": gradient, "final_state": "dinitial_state"}
+
+
+def _in_turn(parts: Sequence[Steps]) -> Steps:
+    return Steps(sum((part.launches for part in parts), ()), sum((part.buffers for part in parts), ()))
+
+
+def _renamed(steps: Steps, names: Mapping[str, str], label: str) -> Steps:
+    """Give arrays the names that they have here, and buffers, of which parts do not share any, names of their own."""
+    names = dict(names) | {buffer.name: f"{buffer.name} of {label}" for buffer in steps.buffers}
+
+    def renamed(launch: Launch) -> Launch:
+        pointers = tuple((offset, names.get(name, name)) for offset, name in launch.arguments.pointers)
+        return dataclasses.replace(launch, arguments=dataclasses.replace(launch.arguments, pointers=pointers))
+
+    buffers = (dataclasses.replace(buffer, name=names[buffer.name]) for buffer in steps.buffers)
+    return Steps(tuple(map(renamed, steps.launches)), tuple(buffers))
+
+
+@dataclasses.dataclass(frozen=True)
+class SlopesPlan:
+    """Tiling of kernels_cu/backward.cu and backward_float.cu; `constants` are their ``-D``."""
+
+    dtype: Dtype
+    compute_capability: int
+    qk_block: int  # columns of q and k a block
+    v_block: int  # columns of v a block
+    chunk: int  # tokens
+    stages: int  # chunks in shared memory: one in use, the rest under way
+    num_threads: int
+    smem_bytes: int
+
+    @property
+    def file(self) -> str:
+        """Name in kernels_cu."""
+        return "backward.cu" if _has_tensor_cores(self.dtype, self.compute_capability) else "backward_float.cu"
+
+    @property
+    def constants(self) -> _compile.Constants:
+        """Compile-time constants."""
+        constants: dict[str, str | int] = {
+            "ACCUM": "double" if self.dtype == "float64" else "float",
+            "BFLOAT16": int(self.dtype == "bfloat16"),
+            "QK_BLOCK": self.qk_block,
+            "V_BLOCK": self.v_block,
+            "CHUNK": self.chunk,
+            "NUM_THREADS": self.num_threads,
+            "SMEM_BYTES": self.smem_bytes,
+            "AMPERE": int(self.compute_capability >= 80),
+            "REVERSED": 0,
+        }
+        if self.file == "backward.cu":
+            constants |= {"STAGES": self.stages, "MIN_BLOCKS": _MIN_BLOCKS}
+        else:
+            constants |= {"ELEMENT": {"float32": "float", "float64": "double"}.get(self.dtype, "uint16_t")}
+        return tuple(constants.items())
+
+
+_MIN_BLOCKS = 2  # blocks of backward.cu that an SM should hold: bounds the registers
+
+
+def _has_tensor_cores(dtype: Dtype, compute_capability: int) -> bool:
+    return dtype == "float16" or (dtype == "bfloat16" and compute_capability >= 80)
+
+
+@functools.lru_cache(maxsize=1024)
+def slopes_plan_for(dtype: Dtype, head_dim: int, compute_capability: int) -> SlopesPlan:
+    """Return the tiling for a head_dim of q and k on an architecture: the largest tiles whose shared memory fits."""
+    qk_dim = forward.padded_qk_dim(head_dim)
+    qk_block = qk_dim if qk_dim <= 128 else qk_dim // 2
+    limit, per_sm = forward.smem_limits(compute_capability)
+    plan = functools.partial(SlopesPlan, dtype, compute_capability, qk_block)
+    if _has_tensor_cores(dtype, compute_capability):
+        v_block, chunk = 64, 64
+
+        def smem_of(stages: int) -> int:
+            return 2 * stages * chunk * 2 * (qk_block + v_block + 16) + 4 * 2 * (chunk + 4)
+
+        stages = 2 if compute_capability >= 80 and _MIN_BLOCKS * (smem_of(2) + 1024) <= per_sm else 1
+        return plan(v_block, chunk, stages, 32 * v_block // 16, smem_of(stages))
+    itemsize = 8 if dtype == "float64" else 4
+    vector = 16 // itemsize
+    for chunk, v_block in ((32, 64), (16, 32), (16, 16), (8, 16), (8, 8)):
+        num_threads = (16 if chunk >= 16 else 8) * (v_block // vector)
+        elements = 2 * chunk * (qk_block + v_block + 2 * vector) + 2 * qk_block * v_block + chunk + vector
+        smem_bytes = -(-itemsize * elements // 16) * 16
+        if smem_bytes + 1024 <= limit and num_threads <= 256:
+            return plan(v_block, chunk, 1, num_threads, smem_bytes)
+    raise AssertionError(f"no tiling fits {limit} bytes of shared memory")
+
+
+# struct SlopeArgs of kernels_cu/backward.cu: the same fields in the same order.
+_ARGS = np.dtype(
+    [
+        *((name, np.uint64) for name in ("dslopes", "partials", "do", "q", "k", "v", "initial_state", "dstate")),
+        *((name, np.uint64) for name in ("segment_states", "segment_dstates", "slopes")),
+        *((f"{name}_strides", np.int64, 4) for name in ("do", "q", "k", "v", "initial", "dstate")),
+        *((name, np.int64) for name in ("slopes_stride", "batch", "seqlen", "segment_length")),
+        *((name, np.float64) for name in ("scale", "slope")),
+        *((name, np.int32) for name in ("num_heads", "qk_dim", "v_dim", "num_v_blocks", "num_segments")),
+        *(
+            (name, np.int32)
+            for name in ("slopes_are_double", "do_vectorized", "q_vectorized", "k_vectorized", "v_vectorized")
+        ),
+    ],
+    align=True,
+)
+
+
+def _slope_steps(problem: Problem) -> Steps:
+    """Return the launches for dslopes; where the sequence is cut, behind those for states at the cuts."""
+    plan = slopes_plan_for(problem.dtype, problem.qk_dim, problem.compute_capability)
+    states_plan = forward.plan_for(problem.dtype, problem.qk_dim, problem.compute_capability, outputs=False)
+    num_chunks = -(-problem.seqlen // states_plan.chunk)
+    num_tiles = -(-problem.qk_dim // plan.qk_block) * -(-problem.v_dim // plan.v_block)
+    num_rows = problem.batch * problem.num_heads * num_tiles
+    num_slots = problem.num_sms * (_MIN_BLOCKS if plan.file == "backward.cu" else 1)
+    num_segments = forward.num_segments_for(num_rows, num_chunks, num_slots) if num_rows and num_chunks else 1
+
+    scans = []
+    pointers = {name: name for name in ("dslopes", "do", "q", "k", "v")}
+    if num_segments > 1:
+        for label, this in _STATES.items():
+            scans.append(_renamed(forward.portable_steps(problem.attention(this), num_segments), this.names, label))
+            pointers[label] = f"segment_states of {label}"
+    partials = Buffer("partials", (num_rows * num_segments,), "float64")
+    pointers["partials"] = "partials"
+
+    args = np.zeros(1, _ARGS)
+    for name in ("do", "q", "k", "v"):
+        layout, sizes = getattr(problem, name), (problem.batch, problem.seqlen, problem.num_heads, problem.width(name))
+        args[f"{name}_strides"] = layout.strides
+        args[f"{name}_vectorized"] = forward.is_vectorizable(layout, sizes, _arrays.ITEMSIZES[problem.dtype])
+    for name, field, strides in (
+        ("initial_state", "initial_strides", problem.initial_strides),
+        ("dstate", "dstate_strides", problem.dstate_strides),
+    ):
+        if strides is not None:
+            pointers[name], args[field] = name, strides
+    if problem.slopes is not None:
+        slopes_dtype, args["slopes_stride"] = problem.slopes
+        pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
+    else:
+        args["slope"] = problem.slope
+    args["batch"], args["seqlen"], args["num_heads"] = problem.batch, problem.seqlen, problem.num_heads
+    args["segment_length"] = -(-num_chunks // num_segments) * states_plan.chunk
+    args["scale"], args["qk_dim"], args["v_dim"] = problem.scale, problem.qk_dim, problem.v_dim
+    args["num_v_blocks"], args["num_segments"] = num_tiles, num_segments
+    assert _ARGS.fields is not None
+    arguments = Arguments(args.tobytes(), tuple((_ARGS.fields[field][1], array) for field, array in pointers.items()))
+
+    def launched(name: str, num_blocks: int) -> Steps:
+        return Steps((forward.launch(plan, name, num_blocks, arguments),))
+
+    parts = []
+    if num_segments > 1:
+        parts += [launched("slope_states", num_rows * num_segments), *scans]
+    if num_rows:
+        parts.append(launched("slope_partials", num_rows * num_segments))
+    parts.append(launched("sum_partials", -(-problem.num_heads * 32 // plan.num_threads)))
+    return _in_turn([Steps((), (partials,)), *parts])
+
+
+def backward(
+    do: View,
+    q: View,
+    k: View,
+    v: View,
+    *,
+    slopes: float | View,
+    scale: float,
+    causal: bool,
+    initial_state: View | None,
+    dstate: View | None,
+    results: Sequence[Buffer],
+) -> Program:
+    """Return the backward pass over such arrays, compiled and loaded; it takes the pointers of `ARRAYS`.
+
+    Parameters
+    ----------
+    do, q, k, v
+        ``[batch, seqlen, num_heads, head_dim]`` on one device, any strides.
+    slopes
+        One for all heads, or ``[num_heads]`` float32 or float64 on the device.
+    scale
+        Factor of q k^T.
+    causal
+        Without it every token attends to all.
+    initial_state, dstate
+        ``[batch, num_heads, K, V]``.
+    results
+        What the program is to allocate and give back, contiguous: those of `RESULTS` that are wanted, in that order.
+        Leading axes of one may be left out.
+    """
+    assert q.device is not None
+    compute_capability, num_sms = forward.device_properties(q.device)
+    batch, seqlen, num_heads, qk_dim = q.shape
+    problem = Problem(
+        compute_capability,
+        num_sms,
+        cast(Dtype, q.dtype),
+        batch,
+        seqlen,
+        num_heads,
+        qk_dim,
+        v.shape[-1],
+        do=Layout.of(do),
+        q=Layout.of(q),
+        k=Layout.of(k),
+        v=Layout.of(v),
+        scale=scale,
+        causal=causal,
+        slope=0.0 if isinstance(slopes, View) else slopes,
+        slopes=(slopes.dtype, slopes.strides[0]) if isinstance(slopes, View) else None,
+        initial_strides=initial_state.strides if initial_state is not None else None,
+        dstate_strides=dstate.strides if dstate is not None else None,
+        wanted=tuple(result.name for result in results),
+    )
+    return Program(steps_for(problem), ARRAYS, results, q)
