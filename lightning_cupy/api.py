@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -189,6 +190,32 @@ def lightning_attention(
     >>> o.shape, state.shape
     ((1000, 8, 64), (8, 64, 64))
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        adapter: Any = sys.modules.get("lightning_cupy.torch")  # the statement below takes a microsecond
+        if adapter is None:
+            from . import torch as adapter
+        if adapter.takes_over(q, k, v, slopes, initial_state):
+            return adapter.attention(
+                q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend
+            )
+    return attend(q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend)
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    slopes: Any,
+    scale: float | None,
+    causal: bool,
+    initial_state: Any,
+    return_state: bool,
+    precision: Precision,
+    backend: Backend,
+) -> Any:
+    """`lightning_attention` without gradients."""
     signature, pointers, call = _calls.look_up(
         q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend
     )
@@ -285,6 +312,23 @@ def lightning_attention_backward(
     >>> gradients.dq.shape, gradients.dslopes.shape
     ((1000, 8, 64), (8,))
     """
+    return attend_backward(do, q, k, v, slopes, scale, causal, initial_state, dstate, wanted, backend)
+
+
+def attend_backward(
+    do: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    slopes: Any,
+    scale: float | None,
+    causal: bool,
+    initial_state: Any,
+    dstate: Any,
+    wanted: Collection[str] | None,
+    backend: Backend,
+) -> Gradients:
+    """`lightning_attention_backward`, with arguments by position."""
     signature, pointers, call = _calls.look_up_backward(
         do, q, k, v, slopes, scale, causal, initial_state, dstate, wanted, backend
     )

@@ -1,17 +1,25 @@
-"""The adapter for torch tensors: the only module that needs torch; the bench borrows it where it is installed."""
+"""torch tensors: how they are read, their gradients, autocast, torch.compile, and a layer.
+
+The only module that needs torch. ``lightning_cupy.lightning_attention`` hands calls on tensors over to `attention` here
+where torch has a say in them: it records gradients, casts, or traces.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from . import _arrays
+from . import _arrays, api
 from ._arrays import View
+from ._layer import LightningAttention
+from .reference import Gradients
+
+__all__ = ["LightningAttention"]
 
 _NAMES = {
     torch.float16: "float16",
@@ -34,7 +42,7 @@ def view(name: str, tensor: torch.Tensor) -> View:
     """
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} requires grad, but lightning_attention computes no gradients yet: "
+            f"{name} requires grad, but no gradient would be recorded: "
             f"pass {name}.detach(), or call it under torch.no_grad()"
         )
     if tensor.layout != torch.strided:
@@ -105,3 +113,240 @@ def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
         return bits.view(ml_dtypes.bfloat16)
     array: np.ndarray[Any, Any] = tensor.numpy()
     return array
+
+
+# What torch has a say in: Triton asks the same of it. The public ways take a microsecond.
+_any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+
+
+def takes_over(q: Any, k: Any, v: Any, slopes: Any, initial_state: Any) -> bool:
+    """Whether a call on a tensor q is for `attention`, rather than for kernels at once."""
+    return _is_compiling() or _any_autocast_enabled() or _records(q, k, v, slopes, initial_state)
+
+
+def _records(q: Any, k: Any, v: Any, slopes: Any, initial_state: Any) -> bool:
+    if not _is_grad_enabled():
+        return False
+    if q.requires_grad or getattr(k, "requires_grad", False) or getattr(v, "requires_grad", False):
+        return True
+    return getattr(slopes, "requires_grad", False) or getattr(initial_state, "requires_grad", False)
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    slopes: Any,
+    scale: float | None,
+    causal: bool,
+    initial_state: Any,
+    return_state: bool,
+    precision: api.Precision,
+    backend: api.Backend,
+) -> Any:
+    """`lightning_cupy.lightning_attention` where torch casts, records gradients or traces."""
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (_cast(tensor, dtype) for tensor in (q, k, v))
+    options = (scale, causal, return_state, precision, backend)
+    records = _records(q, k, v, slopes, initial_state)
+    if out is not None and (records or torch.compiler.is_compiling()):
+        why = "an input requires grad" if records else "torch.compile traces the call"
+        raise ValueError(f"out must be None where {why}, but got a {type(out).__name__}")
+    if torch.compiler.is_compiling():
+        if isinstance(slopes, np.ndarray):
+            slopes = torch.as_tensor(slopes)
+        is_tensor = isinstance(slopes, torch.Tensor)
+        on_host = None if is_tensor or slopes is None else list(slopes) if isinstance(slopes, Sequence) else [slopes]
+        o, state = _attention_op(q, k, v, slopes if is_tensor else None, on_host, initial_state, *options)
+        return (o, state) if return_state else o
+    if records:
+        return _Attention.apply(q, k, v, slopes, initial_state, options)  # type: ignore[no-untyped-call]
+    return api.attend(q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """Cast what autocast would cast for a matmul: floats, but those of 64 bits."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """Gradients of eager calls, at less cost than those of an op."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, slopes: Any, initial_state: Any, options: tuple[Any, ...]) -> Any:
+        scale, causal, return_state, precision, backend = options
+        result = api.attend(q, k, v, None, slopes, scale, causal, initial_state, return_state, precision, backend)
+        _save(ctx, q, k, v, slopes, initial_state, scale, causal, backend)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, do: Any, dstate: Any = None) -> Any:
+        with torch.no_grad():
+            gradients = _gradients(ctx, ctx.needs_input_grad[:5], do, dstate, api.attend_backward)
+        if _is_grad_enabled():  # create_graph=True
+            gradients = tuple(None if x is None else _Once.apply(x.requires_grad_()) for x in gradients)  # type: ignore
+        return *gradients, None
+
+
+class _Once(torch.autograd.Function):
+    """What says that a gradient has none itself. `once_differentiable` does not where do is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Any) -> Any:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("lightning_attention can be differentiated once, but a gradient of a gradient is asked for")
+
+
+# Inputs of both functions that may want a gradient, as fields of Gradients.
+_FIELDS = ("dq", "dk", "dv", "dslopes", "dinitial_state")
+
+
+def _save(
+    ctx: Any, q: Any, k: Any, v: Any, slopes: Any, initial_state: Any, scale: Any, causal: bool, backend: str
+) -> None:
+    is_tensor = isinstance(slopes, torch.Tensor)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, slopes if is_tensor else None, initial_state)
+    ctx.slopes, ctx.options = None if is_tensor else slopes, (scale, causal, backend)
+
+
+def _gradients(
+    ctx: Any, needed: Sequence[bool], do: Any, dstate: Any, backward: Callable[..., Gradients]
+) -> tuple[Any, ...]:
+    """Return those of q, k, v, slopes and initial_state that are needed, and None for others."""
+    q, k, v, slopes, initial_state = ctx.saved_tensors
+    scale, causal, backend = ctx.options
+    if do is None:
+        if dstate is None:
+            return (None,) * len(_FIELDS)
+        do = v.new_zeros(()).expand(v.shape)
+    wanted = tuple(name for name, is_needed in zip(_FIELDS, needed, strict=True) if is_needed)
+    decay = ctx.slopes if slopes is None else slopes
+    found = backward(do, q, k, v, decay, scale, causal, initial_state, dstate, wanted, backend)
+    dslopes = found.dslopes
+    if dslopes is not None:  # one slope of all heads has the sum
+        dslopes = (dslopes if slopes.dim() else dslopes.sum()).to(slopes)
+    return found.dq, found.dk, found.dv, dslopes, found.dinitial_state
+
+
+@torch.library.custom_op(
+    "lightning_cupy::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? slopes, float[]? slopes_on_host, Tensor? initial_state, "
+    "float? scale, bool causal, bool return_state, str precision, str backend) -> (Tensor, Tensor)",
+)
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor | None,
+    slopes_on_host: Sequence[float] | None,
+    initial_state: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    return_state: bool,
+    precision: Any,
+    backend: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One op for torch.compile; without `return_state` the state is empty."""
+    decay = _decay(slopes, slopes_on_host)
+    with torch.no_grad():
+        result = api.attend(q, k, v, None, decay, scale, causal, initial_state, return_state, precision, backend)
+    return result if return_state else (result, q.new_empty(0))
+
+
+@_attention_op.register_fake
+def _(q: Any, k: Any, v: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return_state = rest[5]
+    state = q.new_empty(_state_shape(q, v), dtype=_state_dtype(q)) if return_state else q.new_empty(0)
+    return q.new_empty(v.shape), state
+
+
+@torch.library.custom_op(
+    "lightning_cupy::attention_backward",
+    mutates_args=(),
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? slopes, float[]? slopes_on_host, Tensor? initial_state, "
+    "Tensor? dstate, float? scale, bool causal, str[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_backward_op(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor | None,
+    slopes_on_host: Sequence[float] | None,
+    initial_state: torch.Tensor | None,
+    dstate: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    wanted: Sequence[str],
+    backend: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Its gradients; those that are not wanted are empty."""
+    decay = _decay(slopes, slopes_on_host)
+    with torch.no_grad():
+        found = api.attend_backward(do, q, k, v, decay, scale, causal, initial_state, dstate, tuple(wanted), backend)
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@_attention_backward_op.register_fake
+def _(do: Any, q: Any, k: Any, v: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    wanted, num_heads = rest[6], q.shape[-2] if q.dim() > 2 else 1
+    facts: dict[str, tuple[Any, torch.dtype]] = {
+        "dq": (q.shape, q.dtype),
+        "dk": (k.shape, q.dtype),
+        "dv": (v.shape, q.dtype),
+        "dinitial_state": (_state_shape(q, v), _state_dtype(q)),
+        "dslopes": ((num_heads,), _state_dtype(q)),
+    }
+    return tuple(
+        q.new_empty(shape, dtype=dtype) if name in wanted else q.new_empty(0) for name, (shape, dtype) in facts.items()
+    )
+
+
+def _decay(slopes: torch.Tensor | None, on_host: Sequence[float] | None) -> Any:
+    if on_host is None:
+        return slopes
+    return on_host[0] if len(on_host) == 1 else on_host
+
+
+def _state_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    return (*q.shape[:-3], *q.shape[-2:-1][: q.dim() - 2], q.shape[-1], v.shape[-1])
+
+
+def _state_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, slopes, slopes_on_host, initial_state, scale, causal, ctx.return_state, _, backend = inputs
+    _save(ctx, q, k, v, slopes_on_host if slopes is None else slopes, initial_state, scale, causal, backend)
+
+
+def _backward_of_op(ctx: Any, do: Any, dstate: Any) -> tuple[Any, ...]:
+    dstate = dstate if ctx.return_state else None
+    q, k, v, slopes, _, initial_state, *rest = ctx.needs_input_grad
+    *gradients, dinitial_state = _gradients(ctx, (q, k, v, slopes, initial_state), do, dstate, _backward_by_op)
+    return *gradients, None, dinitial_state, *(None for _ in rest)
+
+
+def _backward_by_op(do: Any, q: Any, k: Any, v: Any, decay: Any, scale: Any, causal: Any, *rest: Any) -> Gradients:
+    initial_state, dstate, wanted, backend = rest
+    slopes, on_host = (decay, None) if isinstance(decay, torch.Tensor) else (None, decay)
+    found = _attention_backward_op(
+        do, q, k, v, slopes, on_host, initial_state, dstate, scale, causal, list(wanted), backend
+    )
+    names = Gradients._fields
+    return Gradients(*(x if name in wanted else None for name, x in zip(names, found, strict=True)))
+
+
+_attention_op.register_autograd(_backward_of_op, setup_context=_setup_context)

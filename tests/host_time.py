@@ -1,4 +1,4 @@
-"""What calls take on the host, in microseconds, as JSON: ``python tests/host_time.py cupy``, or torch.
+"""What calls take on the host, in microseconds, as JSON: ``python tests/host_time.py cupy``, torch or train.
 
 In a process of its own: in one that has done much else, as pytest's has, the same calls take twice as long.
 """
@@ -14,7 +14,7 @@ import cupy
 import ml_dtypes
 import numpy as np
 
-from lightning_cupy import lightning_attention
+from lightning_cupy import lightning_attention, lightning_attention_backward
 
 SHAPE = (1, 64, 2, 64)
 
@@ -46,8 +46,25 @@ def arrays_of(library: str) -> tuple:
     return *arrays, torch.tensor([0.1, 0.2], device=device)
 
 
+def training_steps() -> dict:
+    """Return a forward and a backward through torch, and both functions alone."""
+    import torch
+
+    q, k, v, do, slopes = arrays_of("torch")
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    detached = [x.detach() for x in inputs]
+    return {
+        "forward and backward": lambda: torch.autograd.grad(lightning_attention(*inputs, slopes=slopes), inputs, do),
+        "forward": lambda: lightning_attention(*detached, slopes=slopes),
+        "backward": lambda: lightning_attention_backward(do, *detached, slopes=slopes, wanted=("dq", "dk", "dv")),
+    }
+
+
 def main(library: str) -> None:
     """Print the time of each way to call, and that of an empty kernel through CuPy."""
+    if library == "train":
+        print(json.dumps(microseconds(training_steps())))
+        return
     q, k, v, out, slopes = arrays_of(library)
     host = np.array([0.1, 0.2])
     kernel = cupy.RawKernel('extern "C" __global__ void nothing() {}', "nothing")

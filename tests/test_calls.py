@@ -360,12 +360,14 @@ def test_torch_state_of_a_tensor_is_seen_each_time(gpu, torch, rng):
     q, k, v = tensors(torch, rng)
     for _ in range(2):
         check_torch(lightning_attention(q, k, v), q, k, v)
-    with pytest.raises(ValueError, match="k requires grad"):
-        lightning_attention(q, k.clone().requires_grad_(), v)
-    with torch.no_grad():
-        check_torch(lightning_attention(q, k.clone().requires_grad_(), v), q, k, v)
-    with pytest.raises(ValueError, match="k requires grad"):
-        lightning_attention(q, k.clone().requires_grad_(), v)
+    for _ in range(2):
+        o = lightning_attention(q, k.clone().requires_grad_(), v)
+        assert o.requires_grad
+        check_torch(o.detach(), q, k, v)
+        with torch.no_grad():
+            o = lightning_attention(q, k.clone().requires_grad_(), v)
+        assert not o.requires_grad
+        check_torch(o, q, k, v)
     with pytest.raises(TypeError, match="v is a lazily negated view"):
         lightning_attention(q, k, torch._neg_view(v))
     with pytest.raises(TypeError, match="q has layout"):

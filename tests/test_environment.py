@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 from conftest import BOUNDS, relative_rms
 
-from lightning_cupy import _compile, _environment, forward, lightning_attention, reference
+from lightning_cupy import (
+    _compile,
+    _environment,
+    backward,
+    forward,
+    lightning_attention,
+    lightning_attention_backward,
+    reference,
+)
 
 ROOT = Path(__file__).parent.parent
 CACHES = (_environment.gpu_is_present, _environment.cuda_problem, _environment.prefers_gpu)
@@ -73,9 +81,11 @@ def nothing_runs(monkeypatch):
     def run(*args, **options):
         raise AssertionError("something was compiled, launched or computed")
 
-    for module, name in ((_compile, "kernel"), (_compile, "compile_cubin"), (forward, "forward")):
+    for module, name in (
+        *((_compile, "kernel"), (_compile, "compile_cubin"), (forward, "forward"), (backward, "backward")),
+        *((reference, "chunked"), (reference, "chunked_backward")),
+    ):
         monkeypatch.setattr(module, name, run)
-    monkeypatch.setattr(reference, "chunked", run)
 
 
 EXTRA_12 = r'pip install -e ".*\[cuda12x\]"$'  # from a checkout
@@ -254,15 +264,30 @@ def tensors(torch):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "out", "initial_state", "slopes"])
-def test_a_tensor_that_requires_grad(name, torch, nothing_runs):
+@pytest.mark.parametrize("name", ["q", "k", "v", "initial_state", "slopes"])
+def test_out_where_gradients_are_recorded(name, torch, nothing_runs):
     arguments = tensors(torch) | {"slopes": torch.tensor([0.1, 0.2])}
     arguments[name].requires_grad_()
-    message = (
-        rf"^{name} requires grad, but .* no gradients yet: pass {name}\.detach\(\), or call it under torch\.no_grad"
-    )
+    with pytest.raises(ValueError, match=r"^out must be None where an input requires grad, but got a Tensor$"):
+        lightning_attention(**arguments, backend="cpu")
+
+
+def test_out_that_requires_grad(torch, nothing_runs):
+    arguments = tensors(torch)
+    arguments["out"].requires_grad_()
+    message = r"^out requires grad, but no gradient would be recorded: pass out\.detach\(\), or call it under torch\.no"
     with pytest.raises(ValueError, match=message):
         lightning_attention(**arguments, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["do", "q", "k", "v", "initial_state", "dstate", "slopes"])
+def test_gradients_of_a_tensor_that_requires_grad(name, torch, nothing_runs):
+    arguments = tensors(torch) | {"slopes": torch.tensor([0.1, 0.2])}
+    arguments |= {"do": arguments.pop("out"), "dstate": arguments["initial_state"].clone()}
+    arguments[name].requires_grad_()
+    message = rf"^{name} requires grad, but no gradient would be recorded: pass {name}\.detach\(\)"
+    with pytest.raises(ValueError, match=message):
+        lightning_attention_backward(**arguments, backend="cpu")
 
 
 @pytest.mark.parametrize("context", ["no_grad", "inference_mode"])
