@@ -118,13 +118,8 @@ def look_up(
     read = library.read
     o_pointer = initial_pointer = slopes_pointer = 0
     try:
-        # NOTE: types count, since True == 1.0, but is refused; and 0.0 == -0.0, which give zeros of other signs.
         if scale is not None:
-            if type(scale) is not float and type(scale) is not int and not isinstance(scale, np.floating):
-                return None, [], None
-            scale = float(scale)
-            if scale == 0:
-                return None, [], None
+            scale = _scale_facts(scale)
         q_facts, q_pointer = read(q)
         k_facts, k_pointer = read(k)
         v_facts, v_pointer = read(v)
@@ -136,15 +131,8 @@ def look_up(
             if type(initial_state) is not kind:
                 return None, [], None
             initial_state, initial_pointer = read(initial_state)
-        if slopes is not None and type(slopes) is not float:
-            if type(slopes) is kind:
-                slopes, slopes_pointer = read(slopes)
-            elif type(slopes) is int or isinstance(slopes, (np.ndarray, np.generic, list, tuple)):
-                # By value, since the caller may change what is in it.
-                values = np.asarray(slopes)
-                slopes = values.dtype, values.shape, values.tobytes()
-            else:
-                return None, [], None
+        if slopes is not None:
+            slopes, slopes_pointer = _slope_facts(slopes, kind, read)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         return None, [], None  # what cannot be read is for the checks to name
     options = causal, return_state, precision, backend
@@ -186,7 +174,8 @@ def look_up_backward(
     states: list[Any] = []
     state_pointers: list[int] = []
     try:
-        scale = _scale_facts(scale)
+        if scale is not None:
+            scale = _scale_facts(scale)
         do_facts, do_pointer = read(do)
         q_facts, q_pointer = read(q)
         k_facts, k_pointer = read(k)
@@ -223,10 +212,8 @@ def look_up_backward(
     return signature, pointers, found[1] if found is not None else None
 
 
-def _scale_facts(scale: Any) -> float | None:
+def _scale_facts(scale: Any) -> float:
     # NOTE: types count, since True == 1.0, but is refused; and 0.0 == -0.0, which give zeros of other signs.
-    if scale is None:
-        return None
     if type(scale) is not float and type(scale) is not int and not isinstance(scale, np.floating):
         raise TypeError
     value = float(scale)
