@@ -64,6 +64,18 @@ class Steps:
     buffers: tuple[Buffer, ...] = ()
 
 
+@contextlib.contextmanager
+def current_device(device_id: int) -> Iterator[None]:
+    """Make a device and its context current."""
+    import cupy
+
+    device = cupy.cuda.Device(device_id)
+    with device:
+        # NOTE: CuPy does nothing where the device is current already, but a new thread has no context yet.
+        device.use()
+        yield
+
+
 class Program:
     """Steps with their kernels loaded on a device, which any number of threads may run at once.
 
@@ -114,16 +126,9 @@ class Program:
             for step, kernel in zip(steps.launches, self._kernels, strict=True)
         ]
 
-    @contextlib.contextmanager
-    def device(self) -> Iterator[None]:
+    def device(self) -> contextlib.AbstractContextManager[None]:
         """Make the device and its context current."""
-        import cupy
-
-        device = cupy.cuda.Device(self._device_id)
-        with device:
-            # NOTE: CuPy does nothing where the device is current already, but a new thread has no context yet.
-            device.use()
-            yield
+        return current_device(self._device_id)
 
     def run(self, pointers: list[int], like: Any) -> list[Any]:
         """Queue everything on the current stream of the library that allocates, and return the results.

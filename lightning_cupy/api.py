@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _arrays, _calls, _environment, backward, forward, reference
 from ._arrays import View
-from ._launch import Buffer
+from ._launch import Buffer, current_device
 from .reference import Gradients
 
 Array = TypeVar("Array")
@@ -551,9 +551,9 @@ def _queue(
     if isinstance(slopes, np.ndarray):
         views = views | {"slopes": _uploaded_slopes(slopes.tobytes(), q.device)}
 
-    call = resolve(views, options)
     pointers = {"o" if name == "out" else name: array.pointer for name, array in views.items()}
-    with call.program.device():
+    with current_device(q.device):
+        call = resolve(views, options)
         results = call.program.run([pointers.get(name, 0) for name in call.program.arrays], q.owner)
     if signature is not None:
         _calls.keep(signature, call)

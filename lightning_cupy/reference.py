@@ -317,13 +317,13 @@ def chunked_backward(
         found["dslopes"] = _slope_gradients(x, grads, gradient, chunk).astype(gradient.dtype)
     if "dq" in wanted:
         found["dq"], outputs = _outputs(q, q, dtype)
-        state = np.ascontiguousarray(x.state.swapaxes(-1, -2))
+        state = x.state.swapaxes(-1, -2).copy()
         _attend(x._replace(q=grads, k=x.v, v=x.k, state=state), outputs, causal, chunk)
     # From the last token to the first.
     queries, keys, values, grads = (array[:, :, ::-1] for array in (x.q, x.k, x.v, grads))
     if "dk" in wanted:
         found["dk"], outputs = _outputs(q, k, dtype)
-        state = np.ascontiguousarray(gradient.swapaxes(-1, -2))
+        state = gradient.swapaxes(-1, -2).copy()
         flipped = x._replace(q=values, k=grads, v=queries, state=state, in_reverse=True)
         _attend(flipped, outputs[:, :, ::-1], causal, chunk)
     if "dv" in wanted or "dinitial_state" in wanted:

