@@ -23,6 +23,26 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
   }
 }
 
+// dq = do ^ q, dk = do ^ k, dv = do ^ v, or so: the traffic of the backward, and no arithmetic. q, k, dq and dk have
+// num_qk vectors, v, do and dv have num_v.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS)
+    stream_backward(uint4* dq, uint4* dk, uint4* dv, const uint4* dout, const uint4* q, const uint4* k, const uint4* v,
+                    long long num_qk, long long num_v) {
+  long long idx = vector_idx();
+  uint4 zero = {0, 0, 0, 0};
+  uint4 from_q = idx < num_qk ? __ldcs(q + idx) : zero;
+  uint4 from_k = idx < num_qk ? __ldcs(k + idx) : zero;
+  uint4 from_v = idx < num_v ? __ldcs(v + idx) : zero;
+  uint4 from_do = idx < num_v ? __ldcs(dout + idx) : zero;
+  auto mix = [](uint4 a, uint4 b) { return uint4{a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w}; };
+  if (idx < num_qk) {
+    __stcs(dq + idx, mix(from_q, from_do));
+    __stcs(dk + idx, mix(from_k, from_do));
+  }
+  // NOTE: where v is narrower, all of it has gone into what is above; where it is wider, into this.
+  if (idx < num_v) __stcs(dv + idx, mix(from_v, from_do));
+}
+
 // Fills L2 with lines of a buffer of zeros, larger than it. They are read, since lines that were written would have to
 // go back to memory later, while a call is timed.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS) flush(uint4* zeros, long long num_vectors) {

@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_backend(sub)
 
     sub = add("bench", _bench, "time an op on the GPU beside the floor that memory sets and beside other packages")
-    sub.add_argument("op", nargs="?", choices=["forward"], default="forward", help="default: forward")
+    sub.add_argument(
+        *("op",), nargs="?", choices=["forward", "backward", "train"], default="forward", help="default: forward"
+    )
     sub.add_argument(
         "--shapes",
         nargs="+",
@@ -339,13 +341,18 @@ def _bench(arguments: argparse.Namespace) -> int:
     slopes: str | float = arguments.slopes
     with contextlib.suppress(ValueError):
         slopes = float(arguments.slopes)
-    result = bench.forward(
+    options = {}
+    if arguments.heads_first:
+        if arguments.op != "forward":
+            raise ValueError(f"--heads-first is for the forward, but got {arguments.op}")
+        options["heads_first"] = True
+    result = getattr(bench, arguments.op)(
         arguments.shapes,
         dtypes=arguments.dtype,
         against=arguments.against,
         slopes=slopes,
-        heads_first=arguments.heads_first,
         quick=arguments.quick,
+        **options,
         command=f"python -m lightning_cupy {shlex.join(map(_without_folder, arguments.words))}",
     )
     print(result)

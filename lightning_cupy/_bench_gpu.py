@@ -17,7 +17,7 @@ import numpy as np
 
 from . import __version__, _arrays, _compile, forward
 from ._launch import Program
-from .api import lightning_attention
+from .api import lightning_attention, lightning_attention_backward
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
@@ -56,19 +56,24 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return ", ".join(map(str, self[:4] if self.v_dim == self.head_dim else self))
 
-    def num_bytes(self, dtype: str) -> int:
-        """Bytes of q, k and v, read once, and o, written once."""
-        itemsize = _arrays.ITEMSIZES[dtype]
-        return 2 * self.batch * self.num_heads * self.seqlen * (self.head_dim + self.v_dim) * itemsize
+    def num_bytes(self, dtype: str, op: str = "forward") -> int:
+        """Bytes that an op must move: q, k and v, and of the backward do, read once, and results written once."""
+        of_qk, of_v = {"forward": (2, 2), "backward": (4, 3), "train": (6, 5)}[op]  # q, k, dq, dk; v, o, do, dv
+        of_token = (of_qk * self.head_dim + of_v * self.v_dim) * _arrays.ITEMSIZES[dtype]
+        return self.batch * self.num_heads * self.seqlen * of_token
 
-    @property
-    def flop(self) -> int:
-        """Useful operations, ``batch heads tokens (4 K V + 64 (K + V))``, whatever a kernel does in fact.
+    def flop(self, op: str = "forward") -> int:
+        """Useful operations, whatever a kernel does in fact: of a token and head
 
-        A token takes 2 K V for q S and 2 K V for k v^T; in chunks of 64, q k^T takes 2 * 64 K and its product with
-        v 2 * 64 V, of which the half that lies in the future does not count.
+        - forward: ``4 K V + 64 (K + V)``. 2 K V for q S and for k v^T; in chunks of 64, q k^T takes 2 * 64 K and its
+          product with v 2 * 64 V, of which the half that lies in the future does not count.
+        - backward: ``10 K V + 64 (3 K + 2 V)``. Likewise k v^T, q do^T, S do, G v and G^T k; and in chunks q k^T,
+          do v^T, and the products of these with k, q and do.
         """
-        of_token = 4 * self.head_dim * self.v_dim + _CHUNK * (self.head_dim + self.v_dim)
+        k_dim, v_dim = self.head_dim, self.v_dim
+        forward = 4 * k_dim * v_dim + _CHUNK * (k_dim + v_dim)
+        backward = 10 * k_dim * v_dim + _CHUNK * (3 * k_dim + 2 * v_dim)
+        of_token = {"forward": forward, "backward": backward, "train": forward + backward}[op]
         return self.batch * self.num_heads * self.seqlen * of_token
 
 
@@ -138,6 +143,77 @@ class Inputs:
         return np.stack(on_host, 1).astype(np.float64)
 
 
+_STATES = ("initial_state", "dstate")
+
+
+class GradientInputs(Inputs):
+    """The same, with a gradient of o, random too, and memory for those of q, k and v, for the floor alone."""
+
+    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array) -> None:
+        import cupy
+
+        super().__init__(gpu, shape, dtype, slopes, heads_first=False)
+        rng = cupy.random.default_rng(1)
+        _fill_with_normal(self.bits["o"], dtype, rng)
+        self.do = self.o
+        self._written = [cupy.empty_like(self.bits[name]) for name in "qkv"]
+        state = (shape.batch, shape.num_heads, shape.head_dim, shape.v_dim)
+        bits = (rng.standard_normal(state, np.float64 if dtype == "float64" else np.float32) for _ in _STATES)
+        self.states = dict(
+            zip(_STATES, (self._as_floats(x.view(f"i{x.itemsize}"), x.dtype.name) for x in bits), strict=True)
+        )
+
+    def gradients(self, *more: str) -> Any:
+        """Make the call that is measured: dq, dk and dv, and more that is asked for."""
+        states = self.states if "dinitial_state" in more else {}
+        wanted = ("dq", "dk", "dv", *more)
+        return lightning_attention_backward(
+            self.do, self.q, self.k, self.v, slopes=self.slopes, wanted=wanted, **states
+        )
+
+    def stream_backward(self) -> None:
+        """Only read do, q, k and v, and write as much as dq, dk and dv are."""
+        num_qk, num_v = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qv")
+        arrays = (*self._written, *(self.bits[name] for name in "oqkv"))
+        self.gpu.launch("stream_backward", _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
+
+    def stream_training(self) -> None:
+        """Both floors, one behind the other."""
+        num_qk, num_v = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qv")
+        arrays = (self._written[2], *(self.bits[name] for name in "qkv"))
+        self.gpu.launch("stream", _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
+        self.stream_backward()
+
+    def attend_by(self, function: Callable[..., Any]) -> tuple[Call, Call]:
+        """Return a training step through torch, and its backward alone, both giving gradients of q, k and v."""
+        torch = self.torch
+        leaves = [tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v)]
+
+        def step() -> Any:
+            with torch.enable_grad():
+                return torch.autograd.grad(function(*leaves), leaves, self.do)
+
+        with torch.enable_grad():
+            o = function(*leaves)
+        return step, lambda: torch.autograd.grad(o, leaves, self.do, retain_graph=True)
+
+    def train(self) -> Call:
+        """Return a step of ours."""
+        return self.attend_by(lambda q, k, v: lightning_attention(q, k, v, slopes=self.slopes))[0]
+
+    def extra_memory(self, call: Call) -> float:
+        """Bytes that a call takes for a while beyond its results, over those of q, k, v and do."""
+        torch = self.torch
+        call()
+        self.gpu.device.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = call()
+        peak = torch.cuda.max_memory_allocated() - before
+        results = sum(tensor.nbytes for tensor in results if tensor is not None)
+        return float((peak - results) / sum(self.bits[name].nbytes for name in "oqkv"))
+
+
 def _num_blocks(num_vectors: int) -> int:
     """Return how many blocks have a thread for each vector; one at least, since a launch of none is refused."""
     return max(1, -(-num_vectors // _NUM_THREADS))
@@ -190,13 +266,21 @@ class Gpu:
 
     def inputs(self, shape: Shape, dtype: str, slopes: Array, heads_first: bool = False) -> Inputs:
         """Make arrays to measure with; those with heads first are views of [batch, num_heads, seqlen, head_dim]."""
+        self._free()
+        return Inputs(self, shape, dtype, slopes, heads_first)
+
+    def _free(self) -> None:
         import cupy
 
         # Two pools: what one keeps of earlier arrays, the other may need.
         cupy.get_default_memory_pool().free_all_blocks()
         if self.torch is not None:
             self.torch.cuda.empty_cache()
-        return Inputs(self, shape, dtype, slopes, heads_first)
+
+    def gradient_inputs(self, shape: Shape, dtype: str, slopes: Array) -> GradientInputs:
+        """Make arrays to measure gradients with."""
+        self._free()
+        return GradientInputs(self, shape, dtype, slopes)
 
     def launch(self, name: str, num_blocks: int, *args: Any, num_threads: int = _NUM_THREADS) -> None:
         """Launch a kernel of kernels_cu/bench.cu on CuPy's current stream."""
@@ -411,6 +495,36 @@ def _portable(x: Inputs) -> dict[str, Call]:
 
     return {"portable": call}
 
+
+def _differentiable_fla(x: GradientInputs) -> dict[str, Callable[..., Any]]:
+    ops = importlib.import_module(_MODULES["fla"])
+    options = {"g_gamma": -x.slopes.float(), "scale": x.scale}
+    return {
+        "fla chunk": lambda q, k, v: ops.chunk_simple_gla(q, k, v, **options)[0],
+        "fla fused_chunk": lambda q, k, v: ops.fused_chunk_simple_gla(q, k, v, **options)[0],
+    }
+
+
+def _differentiable_sdpa(x: GradientInputs) -> dict[str, Callable[..., Any]]:
+    flop = 3 * x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * (x.shape.head_dim + x.shape.v_dim)
+    if flop > _MAX_SCORE_FLOP:
+        raise ValueError(f"its scores would take {flop / 1e15:.0f} PFLOP")
+    attention = importlib.import_module("torch.nn.attention")
+    attend = x.torch.nn.functional.scaled_dot_product_attention
+
+    def call(*tensors: Any) -> Any:
+        q, k, v = (tensor.transpose(1, 2) for tensor in tensors)
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v, is_causal=True, scale=x.scale).transpose(1, 2)
+
+    return {"sdpa": call}
+
+
+# From inputs to functions of q, k and v, by variant, that torch can differentiate.
+DIFFERENTIABLE_PEERS: dict[str, Callable[[GradientInputs], dict[str, Callable[..., Any]]]] = {
+    "fla": _differentiable_fla,
+    "sdpa": _differentiable_sdpa,
+}
 
 # From inputs to calls, by variant, that return o as [batch, seqlen, num_heads, V].
 PEER_CALLS: dict[str, Callable[[Inputs], dict[str, Call]]] = {

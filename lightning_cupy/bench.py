@@ -22,7 +22,23 @@ from ._progress import progress
 from .api import lightning_attention
 from .demo import BOUNDS
 
-__all__ = ["DEFAULT_SHAPES", "PEERS", "QUICK_SHAPES", "Result", "Row", "Shape", "Timing", "forward", "pyplot"]
+GRADIENT_BOUNDS = {"float64": 1e-11, "float32": 4e-6, "float16": 6e-4, "bfloat16": 2.7e-3}
+
+__all__ = [
+    "DEFAULT_SHAPES",
+    "GRADIENT_PEERS",
+    "GRADIENT_SHAPES",
+    "PEERS",
+    "QUICK_SHAPES",
+    "Result",
+    "Row",
+    "Shape",
+    "Timing",
+    "backward",
+    "forward",
+    "pyplot",
+    "train",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -38,9 +54,29 @@ DEFAULT_SHAPES = (
     Shape.of(33, 4, 4096, 128),  # as many heads as an H200 has SMs
 )
 QUICK_SHAPES = (Shape.of(4, 32, 2048, 128), Shape.of(1, 64, 4096, 128), Shape.of(1, 8, 32_768, 128))
+GRADIENT_PEERS = tuple(_bench_gpu.DIFFERENTIABLE_PEERS)
+GRADIENT_SHAPES = (
+    *(Shape.of(4, 32, seqlen, 128) for seqlen in (2048, 8192)),
+    Shape.of(8, 16, 8192, 64),
+    Shape.of(1, 64, 16_384, 128),
+    *(Shape.of(1, 8, seqlen, 128) for seqlen in (32_768, 131_072)),
+    *(Shape.of(2, 12, 2048, head_dim) for head_dim in (96, 192, 256)),
+)
 _QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for a minute
 _SECONDS, _QUICK_SECONDS = 0.3, 0.1  # of repeats for each time
 
+_MORE = ("dinitial_state", "dslopes")
+_FLOORS = {
+    "forward": "read q, k, v and write o",
+    "backward": "read do, q, k, v and write dq, dk, dv",
+    "train": "read and write what both must",
+}
+_MEMORY = " memory: beyond results, over that of q, k, v and do."
+_LEGENDS = {
+    "forward": "",
+    "backward": f" dinitial_state and dslopes: what asking for them adds.{_MEMORY}",
+    "train": _MEMORY,
+}
 _PEER_BOUND = 2e-2  # relative RMS: another function is further off, the least exact peer is not (1.55e-2)
 _MANY_TOKENS = 64  # from which on errors average out
 _WINDOW = 16_384  # tokens that are checked at the start, the middle and the end of a longer sequence
@@ -52,9 +88,12 @@ class Row:
 
     shape: Shape
     dtype: str
-    error: float | None = None  # relative RMS; None where the output has NaN, or there is none
+    op: str = "forward"
+    error: float | None = None  # relative RMS, the worst of all results; None where one has NaN, or there is none
     ours: Timing | None = None
-    floor: Timing | None = None  # of the kernel that only reads q, k, v and writes o
+    floor: Timing | None = None  # of the kernel that only reads q, k, v and writes o, and of the backward likewise
+    more: dict[str, Timing] = dataclasses.field(default_factory=dict)  # ours, where more gradients are asked for
+    memory: float | None = None  # beyond results, over the inputs' bytes
     peers: dict[str, Timing] = dataclasses.field(default_factory=dict)  # by name and by variant
     peer_errors: dict[str, float | None] = dataclasses.field(default_factory=dict)
     problems: dict[str, str] = dataclasses.field(default_factory=dict)  # by name or variant, why it has no time
@@ -62,7 +101,8 @@ class Row:
     @property
     def bound(self) -> float:
         """Of the error: half as much again for fewer than 64 tokens, where one rounded score may be all of it."""
-        return BOUNDS[self.dtype] * (1.5 if self.shape.seqlen < _MANY_TOKENS else 1)
+        bounds = BOUNDS if self.op == "forward" else GRADIENT_BOUNDS
+        return bounds[self.dtype] * (1.5 if self.shape.seqlen < _MANY_TOKENS else 1)
 
     @property
     def passed(self) -> bool:
@@ -74,20 +114,29 @@ class Row:
         if self.ours is None or self.floor is None:
             return {}
         return {
-            "tflops": self.shape.flop / self.ours.median / 1e9,
-            "gb_per_s": self.shape.num_bytes(self.dtype) / self.ours.median / 1e6,
+            "tflops": self.shape.flop(self.op) / self.ours.median / 1e9,
+            "gb_per_s": self.shape.num_bytes(self.dtype, self.op) / self.ours.median / 1e6,
             "share": self.floor.median / self.ours.median,
+            "more": {name: timing.median / self.ours.median - 1 for name, timing in self.more.items()},
             "ratios": {name: timing.median / self.ours.median for name, timing in self.peers.items()},
         }
 
     def cells(self, peers: Sequence[str]) -> list[str]:
         """Return the words of the row in the table."""
+
+        def percent(share: float | None, sign: str = "") -> str:
+            return "-" if share is None else f"{100 * share:{sign}.0f} %"
+
         cells, numbers = [str(self.shape), self.dtype], self.numbers()
         if self.ours and numbers:
             cells += [f"{self.ours.median:.3f}", f"{numbers['tflops']:.3g}", f"{numbers['gb_per_s']:,.0f}"]
-            cells += [f"{100 * numbers['share']:.0f} %"]
+            cells += [percent(numbers["share"])]
         else:
             cells += ["-"] * 4
+        if self.op == "backward":
+            cells += [percent(numbers.get("more", {}).get(name), "+") for name in _MORE]
+        if self.op != "forward":
+            cells += [percent(self.memory)]
         for name in peers:
             ratio = numbers.get("ratios", {}).get(name)
             differs = name != "sdpa" and not _at_most(self.peer_errors.get(name), _PEER_BOUND)
@@ -129,13 +178,15 @@ class Result:
             f"{self.subject} on {where}, {self.date}: `{self.command}`",
             "",
             f"Copy: {self.copy_gb_per_s:,.0f} GB/s. Host time of a call: {host}. ms: on the device, median. "
-            "share: time to only read q, k, v and write o, over ours. Peers: their time over ours. "
+            f"share: time to only {_FLOORS[self.op]}, over ours.{_LEGENDS[self.op]} Peers: their time over ours. "
             "error: relative RMS against float64.",
             "",
         ]
         if self.missing:
             lines += [f"Not here: {', '.join(f'{name} ({why})' for name, why in self.missing.items())}.", ""]
-        head = ["batch, heads, tokens, head_dim", "dtype", "ms", "TFLOP/s", "GB/s", "share", *self.peers, "error"]
+        head = ["batch, heads, tokens, head_dim", "dtype", "ms", "TFLOP/s", "GB/s", "share"]
+        head += [*_MORE, "memory"] if self.op == "backward" else ["memory"] if self.op == "train" else []
+        head += [*self.peers, "error"]
         table = [head, *(row.cells(self.peers) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * (width - (idx > 1)) + ":" * (idx > 1) for idx, width in enumerate(widths)])
@@ -167,13 +218,13 @@ class Result:
 
         def mark(label: str, timings: Sequence[Timing | None], marker: str, **style: Any) -> None:
             rates = [
-                row.shape.num_bytes(row.dtype) / timing.median / 1e6 if timing else np.nan
+                row.shape.num_bytes(row.dtype, row.op) / timing.median / 1e6 if timing else np.nan
                 for row, timing in zip(rows, timings, strict=True)
             ]
             axes.plot(rates, range(len(rows)), marker, label=label, **style)
 
         floors = [row.floor for row in rows]
-        mark("only read q, k, v, write o", floors, "|", color="black", markersize=18, markeredgewidth=2)
+        mark(f"only {_FLOORS[self.op]}", floors, "|", color="black", markersize=18, markeredgewidth=2)
         mark("lightning_cupy", [row.ours for row in rows], "D", markersize=8)
         for name in self.peers:
             mark(name, [row.peers.get(name) for row in rows], "o", markersize=6)
@@ -182,7 +233,7 @@ class Result:
         axes.set_yticks(range(len(rows)), [f"{row.shape}, {row.dtype}" for row in rows])
         axes.invert_yaxis()
         axes.grid(axis="x", which="both", alpha=0.25)
-        axes.set_xlabel("GB/s of q, k, v and o")
+        axes.set_xlabel("GB/s of inputs and results")
         axes.set_title(f"{self.subject} on {self.environment['GPU']}: batch, heads, tokens, head_dim", fontsize=10)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         return axes
@@ -236,30 +287,164 @@ def forward(
     RuntimeError
         Where kernels cannot run; the message says what mends it.
     """
-    cases = [Shape.of(*shape) for shape in shapes or (QUICK_SHAPES if quick else DEFAULT_SHAPES)]
-    names = list(against if against is not None else _QUICK_PEERS if quick else PEERS)
-    for name in names:
-        if name not in PEERS:
-            raise ValueError(f"against must be of {', '.join(PEERS)}, but got {name!r}")
+    cases = shapes or (QUICK_SHAPES if quick else DEFAULT_SHAPES)
+    names = against if against is not None else _QUICK_PEERS if quick else PEERS
+    return _bench("forward", cases, dtypes, names, PEERS, slopes, heads_first, quick, command)
+
+
+def backward(
+    shapes: Sequence[Sequence[int]] | None = None,
+    *,
+    dtypes: Sequence[str] = ("bfloat16",),
+    against: Sequence[str] | None = None,
+    slopes: str | float = "lightning2",
+    quick: bool = False,
+    command: str = "lightning_cupy.bench.backward()",
+) -> Result:
+    """Measure the backward on the current GPU: dq, dk and dv, and what more gradients add to their time.
+
+    Parameters
+    ----------
+    shapes, dtypes, slopes, quick, command
+        As of `forward`; by default `GRADIENT_SHAPES`.
+    against
+        Names of `GRADIENT_PEERS`: of these it is the backward alone.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `forward` does.
+    """
+    return _bench_gradients("backward", shapes, dtypes, against, slopes, quick, command)
+
+
+def train(
+    shapes: Sequence[Sequence[int]] | None = None,
+    *,
+    dtypes: Sequence[str] = ("bfloat16",),
+    against: Sequence[str] | None = None,
+    slopes: str | float = "lightning2",
+    quick: bool = False,
+    command: str = "lightning_cupy.bench.train()",
+) -> Result:
+    """Measure a forward and a backward through torch on the current GPU.
+
+    Parameters
+    ----------
+    shapes, dtypes, against, slopes, quick, command
+        As of `backward`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `forward` does, and where torch is not installed.
+    """
+    problem = _bench_gpu.why_missing("sdpa")
+    if problem is not None:
+        raise RuntimeError(f"bench train {problem}; run: pip install torch")
+    return _bench_gradients("train", shapes, dtypes, against, slopes, quick, command)
+
+
+def _bench_gradients(
+    op: str,
+    shapes: Sequence[Sequence[int]] | None,
+    dtypes: Sequence[str],
+    against: Sequence[str] | None,
+    slopes: str | float,
+    quick: bool,
+    command: str,
+) -> Result:
+    cases = shapes or (GRADIENT_SHAPES[::2][:3] if quick else GRADIENT_SHAPES)
+    names = against if against is not None else ("sdpa",) if quick else GRADIENT_PEERS
+    return _bench(op, cases, dtypes, names, GRADIENT_PEERS, slopes, False, quick, command)
+
+
+def _bench(
+    op: str,
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[str],
+    against: Sequence[str],
+    known: Sequence[str],
+    slopes: str | float,
+    heads_first: bool,
+    quick: bool,
+    command: str,
+) -> Result:
+    cases = [Shape.of(*shape) for shape in shapes]
+    for name in against:
+        if name not in known:
+            raise ValueError(f"against must be of {', '.join(known)}, but got {name!r}")
     for dtype in dtypes:
         for shape in cases:  # the library refuses what is wrong, shown here without any token
             q, v = (np.empty((0, shape.num_heads, dim), _arrays.dtype_of(dtype)) for dim in shape[3:])
             lightning_attention(q, q, v, slopes=_slopes_of(slopes, shape.num_heads), backend="cpu")
     _environment.require_cuda("bench")
 
-    missing = {name: why for name in names if (why := _bench_gpu.why_missing(name))}
-    peers = [name for name in names if name not in missing]
+    missing = {name: why for name in against if (why := _bench_gpu.why_missing(name))}
+    peers = [name for name in against if name not in missing]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "minutes")
     with _bench_gpu.current_gpu() as gpu, progress(len(dtypes) * len(cases), "rows") as bar:
-        result = Result("forward", heads_first, command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
+        result = Result(op, heads_first, command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
         result.host_us["empty kernel"] = gpu.host_us_of_launch()
         for dtype in dtypes:
             for shape in cases:
-                result.rows.append(_measure(gpu, shape, dtype, slopes, heads_first, peers, quick, bar))
+                result.rows.append(_measure(gpu, op, shape, dtype, slopes, heads_first, peers, quick, bar))
                 bar.update(1)
-            tiny = gpu.inputs(Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim), dtype, np.zeros(1))
-            result.host_us[dtype] = gpu.host_us(tiny.attend)
+            tiny = Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim)
+            result.host_us[dtype] = gpu.host_us(_Case(gpu, op, tiny, dtype, np.zeros(1), False).call)
     return result
+
+
+class _Case:
+    """The arrays and the calls of a row."""
+
+    def __init__(self, gpu: Any, op: str, shape: Shape, dtype: str, decay: Array, heads_first: bool) -> None:
+        self.op, self.decay = op, decay
+        if op == "forward":
+            self.x = gpu.inputs(shape, dtype, decay, heads_first)
+            self.call, self.floor = self.x.attend, self.x.stream
+            return
+        self.x = gpu.gradient_inputs(shape, dtype, decay)
+        self.call, self.floor = self.x.gradients, self.x.stream_backward
+        if op == "train":
+            self.call, self.floor = self.x.train(), self.x.stream_training
+
+    def expected(self) -> Any:
+        """Return outputs of windows of the sampled heads, or their gradients, in float64."""
+        x, decay = self.x, self.decay[[head_idx for _, head_idx in self.x.sampled]]
+        q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
+        if self.op == "forward":
+            return _expected(q, k, v, decay)
+        wanted = ("dq", "dk", "dv")
+        return reference.chunked_backward(x.sample(x.do), q, k, v, slopes=decay, wanted=wanted, dtype=np.float64)[:3]
+
+    def error(self, expected: Any) -> float | None:
+        """Make the call, and return the relative RMS error of its results; None where one has NaN."""
+        if self.op != "forward":
+            return self.error_of(self.call(), expected)
+        self.x.poison()
+        self.call()
+        return None if self.x.is_unwritten() else self.error_of(self.x.o, expected)
+
+    def error_of(self, found: Any, expected: Any) -> float | None:
+        """Return that of a result, or the worst of gradients."""
+        if self.op == "forward":
+            return _error(self.x.sample(found), expected)
+        everything = slice(None)
+        pairs = zip(found[:3], expected, strict=True)
+        errors = [_error(self.x.sample(array), [(everything, exact)]) for array, exact in pairs]
+        return None if None in errors else max(errors)  # type: ignore[type-var]
+
+    def more(self) -> dict[str, Any]:
+        """Return calls that ask for more gradients, by their names."""
+        return {name: (lambda name=name: self.x.gradients(name)) for name in _MORE} if self.op == "backward" else {}
+
+    def calls_of(self, peer: str) -> dict[str, Any]:
+        """Return calls of a peer, by variant."""
+        if self.op == "forward":
+            return _bench_gpu.PEER_CALLS[peer](self.x)
+        functions = _bench_gpu.DIFFERENTIABLE_PEERS[peer](self.x)
+        return {name: self.x.attend_by(function)[self.op == "backward"] for name, function in functions.items()}
 
 
 def _at_most(error: float | None, bound: float) -> bool:
@@ -272,6 +457,7 @@ def _slopes_of(slopes: str | float, num_heads: int) -> Array:
 
 def _measure(
     gpu: Any,
+    op: str,
     shape: Shape,
     dtype: str,
     slopes: str | float,
@@ -281,42 +467,41 @@ def _measure(
     bar: Any,
 ) -> Row:
     """Check the op; where it is right, time it, the floor and the peers."""
-    row, seconds = Row(shape, dtype), _QUICK_SECONDS if quick else _SECONDS
+    row, seconds = Row(shape, dtype, op), _QUICK_SECONDS if quick else _SECONDS
     bar.set_postfix_str(f"{shape} {dtype}: check")
     try:
-        decay = _slopes_of(slopes, shape.num_heads)
-        x = gpu.inputs(shape, dtype, decay, heads_first)
-        q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
-        expected = _expected(q, k, v, decay[[head_idx for _, head_idx in x.sampled]])
-        x.poison()
-        x.attend()
-        row.error = None if x.is_unwritten() else _error(x.sample(x.o), expected)
+        case = _Case(gpu, op, shape, dtype, _slopes_of(slopes, shape.num_heads), heads_first)
+        expected = case.expected()
+        row.error = case.error(expected)
         if not row.passed:
             return row
-        row.ours, row.floor = gpu.time(x.attend, seconds), gpu.time(x.stream, seconds)
+        row.ours, row.floor = gpu.time(case.call, seconds), gpu.time(case.floor, seconds)
+        row.more = {name: gpu.time(call, seconds) for name, call in case.more().items()}
+        if op != "forward" and gpu.torch is not None:
+            row.memory = case.x.extra_memory(case.call)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error):  # torch's is a RuntimeError
             raise
-        return Row(shape, dtype, problems={"memory": "does not fit in memory"})
+        return Row(shape, dtype, op, problems={"memory": "does not fit in memory"})
     for name in peers:
         tunes = ", which tunes itself for up to a minute" if name == "fla" else ""
         bar.set_postfix_str(f"{shape} {dtype}: {name}{tunes}")
-        _measure_peer(gpu, name, x, expected, seconds, row)
+        _measure_peer(gpu, name, case, expected, seconds, row)
     return row
 
 
-def _measure_peer(gpu: Any, name: str, x: Any, expected: list[tuple[slice, Array]], seconds: float, row: Row) -> None:
+def _measure_peer(gpu: Any, name: str, case: _Case, expected: Any, seconds: float, row: Row) -> None:
     """Add the times of a peer's variants to the row, and that of the best as the peer's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why there is no time is in an exception
         try:
-            calls = _bench_gpu.PEER_CALLS[name](x)
+            calls = case.calls_of(name)
         except Exception as error:  # other packages raise what they like
             row.problems[name] = _bench_gpu.in_a_line(error)
             return
         for variant, call in calls.items():
             try:
-                row.peer_errors[variant] = _error(x.sample(call()), expected)
+                row.peer_errors[variant] = case.error_of(call(), expected)
                 row.peers[variant] = gpu.time(call, seconds)
             except Exception as error:
                 row.problems[variant] = _bench_gpu.in_a_line(error)

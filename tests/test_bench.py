@@ -31,6 +31,7 @@ from lightning_cupy import (
     bench,
     forward,
     lightning_attention,
+    lightning_attention_backward,
     reference,
     slopes,
 )
@@ -64,14 +65,47 @@ class FakeInputs:
         return np.stack([array[batch_idx, :, head_idx] for batch_idx, head_idx in self.sampled], 1).astype(np.float64)
 
 
+class FakeGradientInputs(FakeInputs):
+    """In place of `_bench_gpu.GradientInputs`; a step through torch is the backward."""
+
+    def __init__(self, shape: bench.Shape, dtype: str, decay: np.ndarray) -> None:
+        super().__init__(shape, dtype, decay)
+        self.do = self.o
+
+    def gradients(self, *more: str):
+        if more:
+            time.sleep(0.001)
+        return lightning_attention_backward(
+            self.do, self.q, self.k, self.v, slopes=self.slopes, wanted=("dq", "dk", "dv"), backend="cpu"
+        )
+
+    def stream_backward(self) -> None:
+        pass
+
+    def stream_training(self) -> None:
+        pass
+
+    def train(self):
+        return self.gradients
+
+    def attend_by(self, function):
+        return function, function
+
+    def extra_memory(self, call) -> float:
+        return 0.125
+
+
 class FakeGpu:
-    """Every call takes 2 ms, but the floor takes 1."""
+    """Every call takes 2 ms, but the floor takes 1, and what asks for more gradients 3."""
 
     inputs = staticmethod(FakeInputs)
+    gradient_inputs = staticmethod(FakeGradientInputs)
+    torch = "torch"
 
     def time(self, call, seconds) -> bench.Timing:
         call()
-        return bench.Timing(*(1.0 if call.__name__ == "stream" else 2.0,) * 3, 7)
+        ms = 1.0 if call.__name__.startswith("stream") else 3.0 if call.__defaults__ else 2.0
+        return bench.Timing(ms, ms, ms, 7)
 
     def environment(self) -> dict[str, str]:
         return {"GPU": "Fake GPU", "driver": "1.2", "CUDA": "12.9"}
@@ -114,6 +148,11 @@ def peers(fake_gpu, monkeypatch):
         "portable": lambda x: {"portable": lambda: right(x)},
     }
     monkeypatch.setattr(_bench_gpu, "PEER_CALLS", calls)
+    gradients = {
+        "fla": lambda x: {"fla chunk": lambda: [1.1 * y for y in x.gradients()[:3]], "fla fused_chunk": x.gradients},
+        "sdpa": lambda x: {"sdpa": broken},
+    }
+    monkeypatch.setattr(_bench_gpu, "DIFFERENTIABLE_PEERS", gradients)
     monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: None)
 
 
@@ -317,7 +356,11 @@ def test_expected_outputs_of_windows(monkeypatch, rng, seqlen):
 def test_shape_counts():
     shape = bench.Shape.of(2, 3, 100, 128, 64)
     assert shape.num_bytes("bfloat16") == 2 * 3 * 100 * (128 + 128 + 64 + 64) * 2
-    assert shape.flop == 2 * 3 * 100 * (2 * 128 * 64 * 2 + 64 * (128 + 64))
+    assert shape.num_bytes("bfloat16", "backward") == 2 * 3 * 100 * (4 * 128 + 3 * 64) * 2
+    assert shape.num_bytes("float32", "train") == 2 * 3 * 100 * (6 * 128 + 5 * 64) * 4
+    assert shape.flop() == 2 * 3 * 100 * (2 * 128 * 64 * 2 + 64 * (128 + 64))
+    assert shape.flop("backward") == 2 * 3 * 100 * (5 * 2 * 128 * 64 + 64 * (3 * 128 + 2 * 64))
+    assert shape.flop("train") == shape.flop() + shape.flop("backward")
     assert str(shape) == "2, 3, 100, 128, 64"
     assert str(bench.Shape.of(2, 3, 100, 128)) == "2, 3, 100, 128"
 
@@ -440,6 +483,46 @@ def test_portable_kernels_get_the_same_views(machine, monkeypatch, heads_first):
 # Files
 
 
+@pytest.mark.parametrize("op", ["backward", "train"])
+def test_gradients(peers, capsys, op):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", op, *SHAPES, "--dtype", "float32", "--json", "b.json", "--plot", "b.png"]) == 0
+    out = capsys.readouterr().out
+    head, *rows = table(out)
+    assert f"{op} on Fake GPU" in out
+    more = ["dinitial_state", "dslopes"] if op == "backward" else []
+    assert head[2:] == ["ms", "TFLOP/s", "GB/s", "share", *more, "memory", "fla", "sdpa", "error"]
+    shape = bench.Shape.of(2, 3, 100, 16)
+    assert rows[0][2:4] == ["2.000", f"{shape.flop(op) / 2e9:.3g}"]
+    assert rows[0][5:] == ["50 %", *["+50 %"] * len(more), "12 %", "1.00x", "-", rows[0][-1]]
+    content = json.loads(Path("b.json").read_text())
+    assert content["op"] == content["rows"][0]["op"] == op
+    assert content["rows"][0]["problems"] == {"sdpa": "NotImplementedError: no such head_dim"}
+    assert content["rows"][0]["gb_per_s"] == pytest.approx(shape.num_bytes("float32", op) / 2e6)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_wrong_gradient_gets_no_speed(fake_gpu, monkeypatch, capsys, which):
+    right = FakeGradientInputs.gradients
+
+    def wrong(self, *more):
+        found = list(right(self, *more)[:3])
+        found[which] = found[which] * 1.01
+        return found
+
+    monkeypatch.setattr(FakeGradientInputs, "gradients", wrong)
+    assert cli.main(["bench", "backward", *SHAPES, "--dtype", "float32"]) == 1
+    _, *rows = table(capsys.readouterr().out)
+    assert rows[0][2:8] == ["-"] * 6
+    assert "FAILED, bound 4e-06" in rows[0][-1]
+
+
+def test_training_without_torch_says_what_mends_it(fake_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: "needs torch")
+    assert cli.main(["bench", "train"]) == 2
+    assert "bench train needs torch; run: pip install torch" in capsys.readouterr().err
+
+
 def test_json_has_all_numbers(fake_gpu):
     assert cli.main(["bench", *SHAPES, "--dtype", "float32", "--json", "b.json"]) == 0
     content = json.loads(Path("b.json").read_text())
@@ -485,7 +568,7 @@ def test_plot_into_axes(peers):
     assert result.plot(axes) is axes
     assert axes.get_title() == "forward of heads-first arrays on Fake GPU: batch, heads, tokens, head_dim"
     legend = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert {"lightning_cupy", "fla", "copy", "only read q, k, v, write o"} <= legend
+    assert {"lightning_cupy", "fla", "copy", "only read q, k, v and write o"} <= legend
     pyplot.close(figure)
 
 
@@ -508,7 +591,7 @@ def test_failed_write_leaves_what_was_there(fake_gpu, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["backward"], "invalid choice: 'backward'"),
+        (["sideways"], "invalid choice: 'sideways'"),
         (
             ["--shapes", "1,2,3"],
             "batch,heads,tokens,head_dim[,v_dim], whole numbers from 1, are wanted, but got '1,2,3'",
@@ -534,6 +617,9 @@ def test_usage(capsys, options, words):
             ["--against", "fla,flash"],
             "against must be of fla, tk, lightning_attn, sdpa, naive, portable, but got 'flash'",
         ),
+        (["backward", "--against", "portable"], "against must be of fla, sdpa, but got 'portable'"),
+        (["backward", "--shapes", "1,2,3,257"], "q must have a head_dim from 1 to 256, but got 257"),
+        (["train", "--heads-first"], "--heads-first is for the forward, but got train"),
         (["--slopes", "lightening"], "preset must be one of"),
         (["--slopes", "inf"], "slopes must be finite"),
         (["--plot", "b.pdf"], "--plot must end in .png, but got b.pdf"),
@@ -619,7 +705,7 @@ def test_plain_progress_writes_over_longer_words(monkeypatch, capsys):
 def test_kernels_compile_without_spills(arch):
     pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
     _, log = _compile.compile_cubin("bench.cu", _bench_gpu._CONSTANTS, arch)
-    assert len(spilled_bytes(log)) == 4 * 3
+    assert len(spilled_bytes(log)) == 5 * 3
     assert not any(spilled_bytes(log))
     assert "warning" not in log
 
@@ -699,3 +785,19 @@ def test_inputs_on_a_gpu(heads_first, v_dim):
         np.testing.assert_array_equal(o, v)
         gpu.flush()
         assert not gpu._zeros.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("op", ["backward", "train"])
+def test_gradients_on_a_gpu(op, dtype):
+    if op == "train":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("torch has no CUDA")
+    result = getattr(bench, op)([(1, 2, 65, 16), (2, 3, 130, 32, 8)], dtypes=[dtype], against=["sdpa"])
+    assert result.passed
+    for row in result.rows:
+        assert row.ours.median > 0
+        assert row.floor.median > 0
+        assert list(row.more) == (["dinitial_state", "dslopes"] if op == "backward" else [])
