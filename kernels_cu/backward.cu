@@ -1,7 +1,7 @@
-// Gradient of the slopes for float16 and bfloat16 on tensor cores: backward.cuh has the mathematics. Each of four warps
-// keeps 16 columns of v of S and T in float registers, transposed, as forward.cu does. Decayed operands are sums of two,
-// high + low: the gradient of one head is one number, often a small sum of large ones. Those of float16 are brought into
-// range by powers of two, which is exact. Constants come as -D from lightning_cupy/backward.py.
+// Gradient of the slopes for float16 and bfloat16 on tensor cores: backward.cuh has the mathematics. Each of four
+// warps keeps 16 columns of v of S and T in float registers, transposed, as forward.cu does. Decayed operands are sums
+// of two, high + low: the gradient of one head is one number, often a small sum of large ones. Those of float16 are
+// brought into range by powers of two, which is exact. Constants come as -D from lightning_cupy/backward.py.
 #include "backward.cuh"
 #include "units.cuh"
 

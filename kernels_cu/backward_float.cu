@@ -1,5 +1,5 @@
-// Gradient of the slopes with ordinary multiply-adds, at the accuracy of the type: backward.cuh has the mathematics. For
-// float32 and float64, and for bfloat16 where tensor cores do not know it. Constants come as -D from
+// Gradient of the slopes with ordinary multiply-adds, at the accuracy of the type: backward.cuh has the mathematics.
+// For float32 and float64, and for bfloat16 where tensor cores do not know it. Constants come as -D from
 // lightning_cupy/backward.py.
 #include "backward.cuh"
 

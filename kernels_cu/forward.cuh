@@ -8,7 +8,7 @@
 //
 // REVERSED=1 is what gradients are (lightning_cupy/backward.py): from the last token to the first. Segments and chunks
 // are numbered from the end, tokens within a chunk are not. What a token hands on, to the one in front of it, is a
-// state that has scale and its own decay in it already, so that cotangents of states go in and come out as they are:
+// state that has scale and its own decay in it already, so that gradients of states go in and come out as they are:
 //
 //   o_i = (sum of scale decay^(j-i) (q_i k_j) v_j over j >= i in the chunk) + decay^(n-1-i) q_i S
 //   S   = decay^n S + kT (scale decay^(j+1) v)                 n tokens in the chunk

@@ -145,8 +145,8 @@ __device__ __forceinline__ void load_v(Shared& shared, const HopperArgs& args, c
     mbarrier_arrive_expect_tx(full, 2 * kGroups * kTileBytes);
 #pragma unroll
     for (int box = 0; box < 2 * kGroups; box++) {
-      tma_load(shared.v[ring.idx][box / 2][box % 2], args.v, full, row.first_v + box * 32, row.token(chunk), row.head_idx,
-               row.batch_idx);
+      tma_load(shared.v[ring.idx][box / 2][box % 2], args.v, full, row.first_v + box * 32, row.token(chunk),
+               row.head_idx, row.batch_idx);
     }
   }
 }

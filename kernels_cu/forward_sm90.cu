@@ -25,12 +25,13 @@
 //
 // With REVERSED=1 from the last token to the first, as forward.cuh has it. Tokens of a row are then counted from the
 // end, from that of its last whole chunk. With ATTENTIONS=2 there are two over the same arrays in different roles, as
-// gradients are. Blocks of the two for one head are neighbours, so that what both read comes from memory once.
+// gradients are. Rows of the two for one head are neighbours, so that what both read comes from memory once.
 //
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
 #include "state_sm90.cuh"
 
-constexpr int kAttentions = ATTENTIONS, kGroups = V_GROUPS, kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
+constexpr int kAttentions = ATTENTIONS, kGroups = V_GROUPS;
+constexpr int kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
 constexpr int kThreads = 128 * (2 + kGroups), kPBuffers = 2;
 constexpr bool kSplit = SPLIT, kHigh = HIGH;
 constexpr int kProducerRegisters = kGroups == 1 ? 72 : 40, kScoresRegisters = kGroups == 1 ? 128 : 72;
@@ -85,6 +86,7 @@ __device__ __forceinline__ void release(uint64_t& empty) {
   }
 }
 
+// Of each attention: all but arrays is the same.
 struct Attentions {
   HopperArgs of[kAttentions];
 };
@@ -115,7 +117,7 @@ __device__ __forceinline__ void balance(Team& team, const HopperArgs& args) {
   auto divide = [](int x, int by) { return static_cast<int>(__fdividef(x + 0.5f, by)); };  // right below 2^20
   const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
   const int num_chunks = (args.seqlen + kChunk - 1) / kChunk;
-  const int head = divide(lane, args.num_v_blocks * kAttentions);  // neighbours are not split
+  const int head = divide(lane, args.num_v_blocks * kAttentions);
   const double slope = slope_of(args, lane < args.num_rows ? head - divide(head, args.num_heads) * args.num_heads : 0);
   const float remembered = memory(slope) / kChunk + 1;
   float too_little = __fdividef(num_chunks * args.num_rows, num_blocks);
@@ -174,12 +176,8 @@ struct Schedule {
     pass.row = kSplit ? team.idx + idx / 2 * team.num_teams : blockIdx.x;
     int head = pass.row / args.num_v_blocks;
     pass.v_block = pass.row - head * args.num_v_blocks;
-    pass.attention = 0;
-    if constexpr (kAttentions > 1) {
-      int pair = head / kNeighbours;
-      pass.attention = pair % kAttentions;
-      head = pair / kAttentions * kNeighbours + head % kNeighbours;
-    }
+    pass.attention = head % kAttentions;
+    head /= kAttentions;
     pass.batch_idx = head / args.num_heads;
     pass.head_idx = head - pass.batch_idx * args.num_heads;
     pass.first_token = 0;
@@ -563,7 +561,9 @@ struct Group {
     }
   }
 
-  __device__ __forceinline__ void begin_pass(const Pass& pass) { last_left = pass.first_token == 0 ? pass.num_tokens : 0; }
+  __device__ __forceinline__ void begin_pass(const Pass& pass) {
+    last_left = pass.first_token == 0 ? pass.num_tokens : 0;
+  }
 
   // Whether a chunk has the end of the sequence; so many tokens of the pass are left from there on.
   __device__ __forceinline__ bool has_end(int num_tokens_left) const {

@@ -41,7 +41,8 @@ __device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, fl
 
 // Decays that a warpgroup reads at each chunk; [1] is for that with the end of a sequence, which may be shorter.
 struct Decay {
-  uint2 v[2][kChunk / 2];       // decay^(num_tokens-1-j), reversed scale decay^(j+1), of pairs of tokens as high - low, relative to v_growth
+  // decay^(num_tokens-1-j), REVERSED scale decay^(j+1), of pairs of tokens as high - low, relative to v_growth
+  uint2 v[2][kChunk / 2];
   float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least 1
 };
 
@@ -55,7 +56,8 @@ __device__ __forceinline__ void fill(Decay& decay, int thread, double slope, flo
   // Behind the end there are zeros, which no decay may make NaN.
   for (int i = 0; i < 2; i++) {
     int token = 2 * pair + i;
-    factor[i] = (kReversed ? scale * power(min(token + 1, num_tokens)) : power(max(num_tokens - 1 - token, 0))) / growth;
+    factor[i] = kReversed ? scale * power(min(token + 1, num_tokens)) : power(max(num_tokens - 1 - token, 0));
+    factor[i] /= growth;
   }
   uint2& packed = decay.v[which][pair];
   split(packed.x, packed.y, factor[0], factor[1]);

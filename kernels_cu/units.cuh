@@ -8,7 +8,9 @@ __device__ __forceinline__ float to_unit(int exponent) { return __uint_as_float(
 __device__ __forceinline__ float from_unit(int exponent) { return __uint_as_float((exponent - 14) << 23); }
 __device__ __forceinline__ int exponent_of(float x) { return __float_as_uint(x) >> 23 & 0xff; }
 // Units stay above 2^-54, so that dividing by them overflows for numbers beyond 2^74 only; that of zeros is 1.
-__device__ __forceinline__ int unit_exponent(float largest) { return largest == 0 ? 141 : max(exponent_of(largest), 87); }
+__device__ __forceinline__ int unit_exponent(float largest) {
+  return largest == 0 ? 141 : max(exponent_of(largest), 87);
+}
 // An infinity or NaN is no reason to lose all else.
 __device__ __forceinline__ float finite_size(float x) { return fabsf(x) <= kFloatMax ? fabsf(x) : 0; }
 

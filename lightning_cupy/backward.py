@@ -232,15 +232,15 @@ def slopes_plan_for(dtype: Dtype, head_dim: int, compute_capability: int) -> Slo
 # struct SlopeArgs of kernels_cu/backward.cu: the same fields in the same order.
 _ARGS = np.dtype(
     [
-        *((name, np.uint64) for name in ("dslopes", "partials", "do", "q", "k", "v", "initial_state", "dstate")),
+        *((name, np.uint64) for name in ("dslopes", "partials", "dout", "q", "k", "v", "initial_state", "dstate")),
         *((name, np.uint64) for name in ("segment_states", "segment_dstates", "slopes")),
-        *((f"{name}_strides", np.int64, 4) for name in ("do", "q", "k", "v", "initial", "dstate")),
+        *((f"{name}_strides", np.int64, 4) for name in ("dout", "q", "k", "v", "initial", "dstate")),
         *((name, np.int64) for name in ("slopes_stride", "batch", "seqlen", "segment_length")),
         *((name, np.float64) for name in ("scale", "slope")),
         *((name, np.int32) for name in ("num_heads", "qk_dim", "v_dim", "num_v_blocks", "num_segments")),
         *(
             (name, np.int32)
-            for name in ("slopes_are_double", "do_vectorized", "q_vectorized", "k_vectorized", "v_vectorized")
+            for name in ("slopes_are_double", "dout_vectorized", "q_vectorized", "k_vectorized", "v_vectorized")
         ),
     ],
     align=True,
@@ -258,19 +258,19 @@ def _slope_steps(problem: Problem) -> Steps:
     num_segments = forward.num_segments_for(num_rows, num_chunks, num_slots) if num_rows and num_chunks else 1
 
     scans = []
-    pointers = {name: name for name in ("dslopes", "do", "q", "k", "v")}
+    inputs = {"dout": "do", "q": "q", "k": "k", "v": "v"}  # `do` is no name in CUDA
+    pointers = {"dslopes": "dslopes", "partials": "partials"} | inputs
     if num_segments > 1:
         for label, this in _STATES.items():
             scans.append(_renamed(forward.portable_steps(problem.attention(this), num_segments), this.names, label))
             pointers[label] = f"segment_states of {label}"
     partials = Buffer("partials", (num_rows * num_segments,), "float64")
-    pointers["partials"] = "partials"
 
     args = np.zeros(1, _ARGS)
-    for name in ("do", "q", "k", "v"):
+    for field, name in inputs.items():
         layout, sizes = getattr(problem, name), (problem.batch, problem.seqlen, problem.num_heads, problem.width(name))
-        args[f"{name}_strides"] = layout.strides
-        args[f"{name}_vectorized"] = forward.is_vectorizable(layout, sizes, _arrays.ITEMSIZES[problem.dtype])
+        args[f"{field}_strides"] = layout.strides
+        args[f"{field}_vectorized"] = forward.is_vectorizable(layout, sizes, _arrays.ITEMSIZES[problem.dtype])
     for name, field, strides in (
         ("initial_state", "initial_strides", problem.initial_strides),
         ("dstate", "dstate_strides", problem.dstate_strides),

@@ -379,13 +379,12 @@ def steps(problem: Problem, second: Problem | None = None) -> Steps:
     if problem.dtype == "float32":
         plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups, in_reverse=problem.in_reverse)
     else:
-        num_neighbours = num_rows if second is None else problem.batch * problem.num_heads  # they are of one attention
         plan = plan_for(
             problem.dtype,
             problem.qk_dim,
             v_groups,
             cluster=tiling.cluster,
-            neighbours=neighbours_for(tiling, num_neighbours, -(-problem.seqlen // _CHUNK), problem.qk_dim),
+            neighbours=neighbours_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
             split=team_size > 1,
             high=problem.high,
             in_reverse=problem.in_reverse,

@@ -13,7 +13,7 @@ import re
 import numpy as np
 import pytest
 
-from lightning_cupy import _compile, _launch, _tensor_map, forward, forward_sm90
+from lightning_cupy import _compile, _launch, _tensor_map, backward, forward, forward_sm90
 
 NUM_SMS = 132  # of an H100 or H200
 
@@ -423,6 +423,83 @@ def test_steps_of_float32(play, num_heads, v_dim, v_groups):
     assert described["dtype"] == 7  # CU_TENSOR_MAP_DATA_TYPE_FLOAT32
 
 
+def gradients_of(batch, num_heads, seqlen, qk_dim, v_dim=None, **options):
+    """A problem of the backward over contiguous arrays."""
+    v_dim = v_dim or qk_dim
+    q, v = (forward.contiguous(batch, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
+    options = {"dtype": "bfloat16", "scale": 0.25, "do": v} | options
+    sizes = {"batch": batch, "seqlen": seqlen, "num_heads": num_heads, "qk_dim": qk_dim, "v_dim": v_dim}
+    return backward.Problem(compute_capability=90, num_sms=NUM_SMS, **sizes, q=q, k=q, v=v, **options)
+
+
+def test_gradients_are_attentions(play):
+    play(Driver())
+    strides = {"initial_strides": (7, 5, 3, 1), "dstate_strides": (11, 9, 1, 2)}
+    wanted = ("dq", "dk", "dv", "dinitial_state")
+    steps = backward.steps_for(gradients_of(4, 32, 2000, 128, slope=0.5, wanted=wanted, **strides))
+    assert steps.buffers == ()
+    pair, alone = steps.launches
+    assert pair.constants == forward_sm90.plan_for("bfloat16", 128, 2, in_reverse=True, attentions=2).constants
+    assert alone.constants == forward_sm90.plan_for("bfloat16", 128, 2).constants
+    assert (pair.grid, alone.grid) == ((256, 1, 1), (128, 1, 1))
+    offsets = {name: field[1] + (ADDRESS if name in "qkvo" else 0) for name, field in forward_sm90._ARGS.fields.items()}
+
+    def roles(launch, first):
+        names = {offset: name for offset, name in launch.arguments.pointers}
+        return {role: names.get(first + offset) for role, offset in offsets.items() if first + offset in names}
+
+    second = len(alone.arguments.template)
+    assert len(pair.arguments.template) == 2 * second
+    assert roles(pair, 0) == {"q": "v", "k": "do", "v": "q", "o": "dk", "initial_state": "dstate"}
+    of_dv = {"q": "k", "k": "q", "v": "do", "o": "dv", "initial_state": "dstate", "final_state": "dinitial_state"}
+    assert roles(pair, second) == of_dv
+    assert roles(alone, 0) == {"q": "do", "k": "v", "v": "k", "o": "dq", "initial_state": "initial_state"}
+
+    def args_at(launch, first):
+        template = launch.arguments.template[first : first + forward_sm90._ARGS.itemsize]
+        return np.frombuffer(template, forward_sm90._ARGS)[0]
+
+    # States of dq and dk are transposed.
+    assert tuple(args_at(alone, 0)["initial_strides"]) == (7, 5, 1, 3)
+    assert tuple(args_at(pair, 0)["initial_strides"]) == (11, 9, 2, 1)
+    assert tuple(args_at(pair, second)["initial_strides"]) == (11, 9, 1, 2)
+    assert args_at(pair, 0)["num_rows"] == args_at(pair, second)["num_rows"] == 256
+
+
+def test_gradients_that_do_not_share_a_launch(play):
+    play(Driver())
+
+    def launched(**options):
+        steps = backward.steps_for(gradients_of(4, 32, 2000, **options))
+        return [(launch.file, dict(launch.constants).get("ATTENTIONS")) for launch in steps.launches]
+
+    alone, both = ("forward_sm90.cu", 1), ("forward_sm90.cu", 2)
+    assert launched(qk_dim=128) == [both, alone]
+    assert launched(qk_dim=128, v_dim=64) == [alone] * 3
+    assert launched(qk_dim=128, wanted=("dk",)) == [alone]
+    assert launched(qk_dim=128, wanted=("dinitial_state",)) == [alone]
+    assert launched(qk_dim=128, dtype="float32") == [("forward_float_sm90.cu", None)] * 3
+    unaligned = forward.contiguous(4, 2000, 32, 128)._replace(aligned=False)
+    assert launched(qk_dim=128, do=unaligned) == [("forward.cu", None)] * 3
+    assert launched(qk_dim=128, causal=False)[0] == ("forward.cu", None)
+    assert launched(qk_dim=128, wanted=()) == []
+
+
+def test_parts_of_a_backward_share_no_memory(play):
+    play(Driver())
+    wanted = ("dq", "dk", "dinitial_state", "dslopes")
+    steps = backward.steps_for(gradients_of(1, 8, 32_768, 128, slopes=("float32", 1), wanted=wanted))
+    names = [buffer.name for buffer in steps.buffers]
+    assert len(set(names)) == len(names)
+    assert {"workspace of dk and dv", "workspace of dq", "dv", "partials"} <= set(names)
+    taken = {name for launch in steps.launches for _, name in launch.arguments.pointers}
+    assert taken <= {*names, *backward.ARRAYS, _launch.UNIQUE}
+    assert [launch.name for launch in steps.launches[-5:]] == [
+        *("slope_states", "scan", "scan"),
+        *("slope_partials", "sum_partials"),
+    ]
+
+
 def test_address_that_is_not_there_in_plain_bytes(play):
     play(Driver(checksum=True))
     with pytest.raises(RuntimeError, match=r"^the driver's TMA descriptors have changed"):
@@ -453,7 +530,11 @@ C_TYPES = {
 
 @pytest.mark.parametrize(
     ("file", "name", "packed"),
-    [("forward.cuh", "Args", forward._ARGS), ("forward_sm90.cuh", "HopperArgs", forward_sm90._ARGS)],
+    [
+        ("forward.cuh", "Args", forward._ARGS),
+        ("forward_sm90.cuh", "HopperArgs", forward_sm90._ARGS),
+        ("backward.cuh", "SlopeArgs", backward._ARGS),
+    ],
 )
 def test_struct_is_packed_as_the_kernel_reads_it(file, name, packed):
     source = re.sub(r"//.*", "", (_compile.kernels_dir() / file).read_text())
