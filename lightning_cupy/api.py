@@ -121,6 +121,9 @@ def lightning_attention(
     O(n d^2 + n C d) for chunks of C tokens: Lightning Attention-2 (arXiv 2401.04658, equations 7 to 10) with the
     decay of arXiv 2307.14995.
 
+    Tensors of torch that require grad have gradients, once, and under ``torch.autocast`` q, k and v are cast as for a
+    matmul. NumPy and CuPy arrays have them by :func:`lightning_attention_backward`.
+
     Parameters
     ----------
     q, k : array, ``[seqlen, K]``, ``[seqlen, num_heads, K]`` or ``[batch, seqlen, num_heads, K]``
@@ -277,8 +280,9 @@ def lightning_attention_backward(
         dinitial_state = exp(-slope) G_1
         dslope = - sum over t of exp(-slope) <G_t, S_(t-1)>
 
-    which is equations 11 to 18 of arXiv 2401.04658, with the derivative of the decay. Nothing of the forward pass is
-    wanted but what went into it: states are computed again.
+    which is the backward pass of Lightning Attention-2 (arXiv 2401.04658, algorithm 2), and the derivative of the
+    recurrence with respect to its decay. Nothing of the forward pass is wanted but what went into it: states are
+    computed again.
 
     Parameters
     ----------
