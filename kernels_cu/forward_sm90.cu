@@ -192,7 +192,7 @@ struct Schedule {
       if (!pass.outputs) {
         if (segment < 0 || segment == team.size - 1) {
           pass.num_tokens = 0;  // nothing is in front of it, or behind it
-        } else if (segment > 0 || args_of(pass).initial_state == nullptr) {
+        } else {  // what is forgotten at its end, with the initial state if there is any
           int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
           pass.first_token += num_forgotten;
           pass.num_tokens -= num_forgotten;
@@ -804,7 +804,8 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
     } else if (!has_state) {
       const HopperArgs& arrays = schedule.args_of(pass);
-      bool exists = arrays.initial_state != nullptr && (!kSplit || member == (is_pair && !pass.outputs ? 1 : 0));
+      bool is_first = !kSplit || (member == (is_pair && !pass.outputs ? 1 : 0) && pass.first_token == 0);
+      bool exists = arrays.initial_state != nullptr && is_first;
       load_initial_state(group.state, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
       group.units = {};
     }

@@ -128,7 +128,7 @@ def look_up(
                 return None, [], None
             out, o_pointer = read(out)
         if initial_state is not None:
-            if type(initial_state) is not kind:
+            if not isinstance(initial_state, kind):  # torch's parameters are read like tensors
                 return None, [], None
             initial_state, initial_pointer = read(initial_state)
         if slopes is not None:
@@ -184,7 +184,7 @@ def look_up_backward(
             if state is None:
                 states.append(None)
                 state_pointers.append(0)
-            elif type(state) is kind:
+            elif isinstance(state, kind):
                 facts, pointer = read(state)
                 states.append(facts)
                 state_pointers.append(pointer)
@@ -225,7 +225,7 @@ def _scale_facts(scale: Any) -> float:
 def _slope_facts(slopes: Any, kind: type, read: Callable[[Any], tuple[Any, int]]) -> tuple[Any, int]:
     if slopes is None or type(slopes) is float:
         return slopes, 0
-    if type(slopes) is kind:
+    if isinstance(slopes, kind):
         return read(slopes)
     if type(slopes) is int or isinstance(slopes, (np.ndarray, np.generic, list, tuple)):
         # By value, since the caller may change what is in it.

@@ -193,16 +193,17 @@ def lightning_attention(
     >>> o.shape, state.shape
     ((1000, 8, 64), (8, 64, 64))
     """
+    way: Callable[..., Any] = attend
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
-        adapter: Any = sys.modules.get("lightning_cupy.torch")  # the statement below takes a microsecond
-        if adapter is None:
-            from . import torch as adapter
-        if adapter.takes_over(q, k, v, slopes, initial_state):
-            return adapter.attention(
-                q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend
-            )
-    return attend(q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend)
+        if torch.compiler.is_compiling():
+            from .torch import trace as way  # NOTE: Dynamo would guard on what sys.modules lacks until the import
+        else:
+            adapter: Any = sys.modules.get("lightning_cupy.torch")  # the statement below takes a microsecond
+            if adapter is None:
+                from . import torch as adapter
+            way = adapter.attend
+    return way(q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend)
 
 
 def attend(

@@ -1,7 +1,7 @@
 """torch tensors: how they are read, their gradients, autocast, torch.compile, and a layer.
 
-The only module that needs torch. ``lightning_cupy.lightning_attention`` hands calls on tensors over to `attention` here
-where torch has a say in them: it records gradients, casts, or traces.
+The only module that needs torch. ``lightning_cupy.lightning_attention`` hands calls on tensors over to `attend` here,
+and in torch.compile to `trace`; what is left to compute comes back to `api.attend`.
 """
 
 from __future__ import annotations
@@ -115,25 +115,13 @@ def as_numpy(borrowed: View) -> np.ndarray[Any, Any]:
     return array
 
 
-# What torch has a say in: Triton asks the same of it. The public ways take a microsecond.
+# Triton asks the same. The public ways take a microsecond.
 _any_autocast_enabled: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_functorch_is_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_grad_enabled = torch.is_grad_enabled
 
 
-def takes_over(q: Any, k: Any, v: Any, slopes: Any, initial_state: Any) -> bool:
-    """Whether a call on a tensor q is for `attention`, rather than for kernels at once."""
-    return _is_compiling() or _any_autocast_enabled() or _records(q, k, v, slopes, initial_state)
-
-
-def _records(q: Any, k: Any, v: Any, slopes: Any, initial_state: Any) -> bool:
-    if not _is_grad_enabled():
-        return False
-    if q.requires_grad or getattr(k, "requires_grad", False) or getattr(v, "requires_grad", False):
-        return True
-    return getattr(slopes, "requires_grad", False) or getattr(initial_state, "requires_grad", False)
-
-
-def attention(
+def attend(
     q: Any,
     k: Any,
     v: Any,
@@ -146,32 +134,64 @@ def attention(
     precision: api.Precision,
     backend: api.Backend,
 ) -> Any:
-    """`lightning_cupy.lightning_attention` where torch casts, records gradients or traces."""
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (_cast(tensor, dtype) for tensor in (q, k, v))
-    options = (scale, causal, return_state, precision, backend)
-    records = _records(q, k, v, slopes, initial_state)
-    if out is not None and (records or torch.compiler.is_compiling()):
-        why = "an input requires grad" if records else "torch.compile traces the call"
-        raise ValueError(f"out must be None where {why}, but got a {type(out).__name__}")
-    if torch.compiler.is_compiling():
-        if isinstance(slopes, np.ndarray):
-            slopes = torch.as_tensor(slopes)
-        is_tensor = isinstance(slopes, torch.Tensor)
-        on_host = None if is_tensor or slopes is None else list(slopes) if isinstance(slopes, Sequence) else [slopes]
-        o, state = _attention_op(q, k, v, slopes if is_tensor else None, on_host, initial_state, *options)
-        return (o, state) if return_state else o
-    if records:
-        return _Attention.apply(q, k, v, slopes, initial_state, options)  # type: ignore[no-untyped-call]
+    """`lightning_cupy.lightning_attention` on a tensor q: casts and records gradients where torch does."""
+    if _any_autocast_enabled():
+        q, k, v = _cast(q, k, v)
+    if _is_grad_enabled() and (
+        q.requires_grad
+        or getattr(k, "requires_grad", False)
+        or getattr(v, "requires_grad", False)
+        or (slopes is not None and getattr(slopes, "requires_grad", False))
+        or (initial_state is not None and getattr(initial_state, "requires_grad", False))
+    ):
+        if out is not None:
+            raise ValueError(f"out must be None where an input requires grad, but got a {type(out).__name__}")
+        function = _TransformedAttention if _functorch_is_active() else _Attention
+        options = (scale, causal, return_state, precision, backend)
+        return function.apply(q, k, v, slopes, initial_state, options)  # type: ignore[no-untyped-call]
     return api.attend(q, k, v, out, slopes, scale, causal, initial_state, return_state, precision, backend)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+def trace(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    slopes: Any,
+    scale: float | None,
+    causal: bool,
+    initial_state: Any,
+    return_state: bool,
+    precision: api.Precision,
+    backend: api.Backend,
+) -> Any:
+    """`lightning_cupy.lightning_attention` on a tensor q in torch.compile and torch.export: one op."""
+    if out is not None:
+        raise ValueError(f"out must be None where torch.compile traces the call, but got a {type(out).__name__}")
+    q, k, v = _cast(q, k, v)
+    on_host: list[Any] | None = None
+    if isinstance(slopes, np.ndarray):
+        slopes = torch.as_tensor(slopes)
+    elif isinstance(slopes, Sequence) and len(slopes) == 1:  # one number in a list is not that of all heads
+        slopes = torch.tensor(slopes, dtype=torch.float64)
+    elif slopes is not None and not isinstance(slopes, torch.Tensor):
+        slopes, on_host = None, list(slopes) if isinstance(slopes, Sequence) else [slopes]
+    o, state = _attention_op(q, k, v, slopes, on_host, initial_state, scale, causal, return_state, precision, backend)
+    return (o, state) if return_state else o
+
+
+def _cast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """Cast what autocast would cast for a matmul: floats, but those of 64 bits."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
+    device_type = q.device.type
+    # Of other devices, some of which autocast does not know, the checks of arguments have to say that they are wrong.
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device_type)
+    q, k, v = (
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (q, k, v)
+    )
+    return q, k, v
 
 
 class _Attention(torch.autograd.Function):
@@ -181,56 +201,79 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, slopes: Any, initial_state: Any, options: tuple[Any, ...]) -> Any:
         scale, causal, return_state, precision, backend = options
         result = api.attend(q, k, v, None, slopes, scale, causal, initial_state, return_state, precision, backend)
-        _save(ctx, q, k, v, slopes, initial_state, scale, causal, backend)
+        _save(ctx, (q, k, v, slopes, initial_state), (scale, causal, backend))
         return result
 
     @staticmethod
     def backward(ctx: Any, do: Any, dstate: Any = None) -> Any:
-        with torch.no_grad():
-            gradients = _gradients(ctx, ctx.needs_input_grad[:5], do, dstate, api.attend_backward)
-        if _is_grad_enabled():  # create_graph=True
-            gradients = tuple(None if x is None else _Once.apply(x.requires_grad_()) for x in gradients)  # type: ignore
-        return *gradients, None
+        # With create_graph=True, and always in torch.func, somebody may ask for gradients of these.
+        backward = _backward_once if _is_grad_enabled() else api.attend_backward
+        return *_gradients(ctx, ctx.needs_input_grad[:5], do, dstate, backward), None
 
 
-class _Once(torch.autograd.Function):
-    """What says that a gradient has none itself. `once_differentiable` does not where do is a constant."""
+class _TransformedAttention(_Attention):
+    """The same for torch.func, which wants the context apart. That takes a signature to be inspected at each call."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Any) -> Any:
-        return gradient.view_as(gradient)
+    def forward(q: Any, k: Any, v: Any, slopes: Any, initial_state: Any, options: tuple[Any, ...]) -> Any:  # type: ignore[override]
+        scale, causal, return_state, precision, backend = options
+        return api.attend(q, k, v, None, slopes, scale, causal, initial_state, return_state, precision, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *arrays, (scale, causal, _, _, backend) = inputs
+        _save(ctx, arrays, (scale, causal, backend))
+
+
+class _Backward(torch.autograd.Function):
+    """`api.attend_backward`, which has no gradients itself, where there may be tensors that want them.
+
+    NOTE: once_differentiable would return gradients that depend on nothing, hence second derivatives without that part.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return tuple(api.attend_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("lightning_attention can be differentiated once, but a gradient of a gradient is asked for")
 
 
+def _backward_once(*arguments: Any) -> Gradients:
+    return Gradients(*_Backward.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
 # Inputs of both functions that may want a gradient, as fields of Gradients.
 _FIELDS = ("dq", "dk", "dv", "dslopes", "dinitial_state")
 
 
-def _save(
-    ctx: Any, q: Any, k: Any, v: Any, slopes: Any, initial_state: Any, scale: Any, causal: bool, backend: str
-) -> None:
-    is_tensor = isinstance(slopes, torch.Tensor)
+def _save(ctx: Any, arrays: Sequence[Any], options: tuple[Any, ...]) -> None:
+    """Keep q, k, v, slopes and initial_state, of which one at least is a tensor; and scale, causal and backend."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, slopes if is_tensor else None, initial_state)
-    ctx.slopes, ctx.options = None if is_tensor else slopes, (scale, causal, backend)
+    ctx.save_for_backward(*[x if isinstance(x, torch.Tensor) else None for x in arrays])
+    ctx.others = [None if isinstance(x, torch.Tensor) else x for x in arrays]
+    ctx.options = options
 
 
 def _gradients(
     ctx: Any, needed: Sequence[bool], do: Any, dstate: Any, backward: Callable[..., Gradients]
 ) -> tuple[Any, ...]:
     """Return those of q, k, v, slopes and initial_state that are needed, and None for others."""
-    q, k, v, slopes, initial_state = ctx.saved_tensors
-    scale, causal, backend = ctx.options
+    if do is None and dstate is None:
+        return (None,) * len(_FIELDS)
+    q, k, v, slopes, initial_state = (
+        other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+    )
     if do is None:
-        if dstate is None:
-            return (None,) * len(_FIELDS)
-        do = v.new_zeros(()).expand(v.shape)
-    wanted = tuple(name for name, is_needed in zip(_FIELDS, needed, strict=True) if is_needed)
-    decay = ctx.slopes if slopes is None else slopes
-    found = backward(do, q, k, v, decay, scale, causal, initial_state, dstate, wanted, backend)
+        do = q.new_zeros(()).expand(v.shape)
+    wanted = tuple([name for name, is_needed in zip(_FIELDS, needed, strict=True) if is_needed])
+    scale, causal, backend = ctx.options
+    found = backward(do, q, k, v, slopes, scale, causal, initial_state, dstate, wanted, backend)
     dslopes = found.dslopes
     if dslopes is not None:  # one slope of all heads has the sum
         dslopes = (dslopes if slopes.dim() else dslopes.sum()).to(slopes)
@@ -329,7 +372,7 @@ def _state_dtype(q: torch.Tensor) -> torch.dtype:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, slopes, slopes_on_host, initial_state, scale, causal, ctx.return_state, _, backend = inputs
-    _save(ctx, q, k, v, slopes_on_host if slopes is None else slopes, initial_state, scale, causal, backend)
+    _save(ctx, (q, k, v, slopes_on_host if slopes is None else slopes, initial_state), (scale, causal, backend))
 
 
 def _backward_of_op(ctx: Any, do: Any, dstate: Any) -> tuple[Any, ...]:

@@ -8,31 +8,17 @@ import itertools
 import numpy as np
 import pytest
 from conftest import BOUNDS, GRADIENT_BOUNDS, LENGTHS, STATE_GRADIENT_BOUNDS, relative_rms
-from test_gpu import SLOPES, normal, plans_of, state_dtype, strided, to_gpu  # noqa: F401
+from test_gpu import SLOPES, normal, plans_of, poisoned, state_dtype, strided, to_gpu  # noqa: F401
 
 import lightning_cupy
 from lightning_cupy import _calls, backward, forward, forward_sm90, lightning_attention_backward, reference
 
-pytestmark = pytest.mark.gpu
+# What is allocated is NaN: what nobody writes is seen.
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
 DTYPES = tuple(BOUNDS)
 ALL = lightning_cupy.reference.Gradients._fields
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What CuPy allocates is NaN, results and the memory in which blocks meet: what nobody writes is seen."""
-    pool = cupy.get_default_memory_pool()
-
-    def allocate(num_bytes):
-        memory = pool.malloc(num_bytes)
-        if num_bytes:
-            memory.memset_async(0xFF, num_bytes)
-        return memory
-
-    with cupy.cuda.using_allocator(allocate):
-        yield
 
 
 def inputs(rng, shape, v_dim, dtype, states=True):

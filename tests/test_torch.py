@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BOUNDS, GRADIENT_BOUNDS, STATE_GRADIENT_BOUNDS, relative_rms
+from conftest import BOUNDS, GRADIENT_BOUNDS, HIGH_BOUNDS, STATE_GRADIENT_BOUNDS, relative_rms
 
 import lightning_cupy
-from lightning_cupy import lightning_attention, reference
+from lightning_cupy import _calls, api, lightning_attention, reference
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -176,11 +176,138 @@ def test_accumulation_into_strided_gradients(device):
         assert relative_rms(to_numpy(x[name].grad), 1 + getattr(expected, FIELDS[name])) <= GRADIENT_BOUNDS["float64"]
 
 
-def test_second_derivative_is_refused(device):
+@pytest.mark.parametrize("name", ["q", "k", "slopes", "do"])
+def test_second_derivative_is_refused(device, name):
     x = tensors(device)
-    (gradient,) = torch.autograd.grad(attend(**x).sum(), x["q"], create_graph=True)
+    o = attend(**x)
+    do = torch.ones_like(o, requires_grad=name == "do")
+    # With a second way to q, on which alone its second derivative would be 2.
+    (gradient,) = torch.autograd.grad((o, x["q"].square()), x["q"], (do, torch.ones_like(x["q"])), create_graph=True)
+    with pytest.raises(RuntimeError, match="lightning_attention can be differentiated once"):
+        torch.autograd.grad(gradient.sum(), do if name == "do" else x[name], retain_graph=True)
     with pytest.raises(RuntimeError, match="lightning_attention can be differentiated once"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("names", [("k", "initial_state"), ("v",)])
+def test_arrays_of_numpy_beside_tensors(names):
+    x = tensors("cpu")
+    mixed = x | {name: x[name].detach().numpy() for name in names}
+    o = attend(**mixed)
+    do = torch.randn_like(o)
+    o.backward(do)
+    check(grads_of(x | dict.fromkeys(names, x["q"])), expected_gradients(x, do), names=set(INPUTS) - set(names))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_only_what_is_wanted_is_computed(device, monkeypatch, name):
+    x, asked = tensors(device, requires_grad=(name, "v")), []
+
+    def spy(*arguments):
+        asked.append(arguments[9])
+        return backward(*arguments)
+
+    backward = api.attend_backward
+    monkeypatch.setattr(api, "attend_backward", spy)
+    attend(**x).sum().backward()
+    assert [set(wanted) for wanted in asked] == [{"dv", FIELDS[name]}]
+
+
+def test_bad_arguments_are_named(device):
+    x = tensors(device, "float32")
+    for bad, error, message in (
+        ({"k": x["k"][:, :3]}, ValueError, r"^k has shape \(2, 3, 3, 8\), but q has"),
+        ({"v": [1.0]}, TypeError, "^v must be a NumPy, CuPy or torch array, or export DLPack, but got list$"),
+        ({"slopes": x["slopes"][:2]}, ValueError, r"^slopes must .*have shape \(3,\), but got \(2,\)$"),
+        ({"initial_state": x["initial_state"].bfloat16()}, TypeError, "^initial_state must be float32 to go with q's"),
+        ({"q": x["q"].to("meta")}, TypeError, "^q is on device meta, but the CPU or a CUDA device is wanted$"),
+        ({"precision": "low"}, ValueError, "^precision must be 'default' or 'high', but got 'low'$"),
+    ):
+        with pytest.raises(error, match=message):
+            attend(**(x | bad))
+    with pytest.raises(TypeError, match=r"^q is on device meta"), torch.autocast(device, torch.bfloat16):
+        attend(**(x | {"q": x["q"].to("meta")}))
+
+
+def test_high_precision(device):
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("precision='high' is for compute capability 9.0")
+    x = tensors(device, "bfloat16", v_dim=8)
+    o = attend(**x, precision="high")
+    arrays = {name: to_numpy(tensor) for name, tensor in x.items()}
+    expected, _ = reference.chunked(**arrays)
+    assert relative_rms(to_numpy(o), expected) <= HIGH_BOUNDS["bfloat16"]
+    do = torch.randn_like(o)
+    o.backward(do)
+    check(grads_of(x), expected_gradients(x, do), "bfloat16")
+
+
+def test_parameters_are_looked_up_like_tensors():
+    x = tensors("cpu", "float32", requires_grad=())
+    parameters = {name: torch.nn.Parameter(x[name]) for name in ("slopes", "initial_state")}
+    with torch.no_grad():
+        (forward, _, _), (expected, _, _) = (
+            _calls.look_up(
+                *(x[name] for name in "qkv"),
+                None,
+                given["slopes"],
+                None,
+                True,
+                given["initial_state"],
+                False,
+                "default",
+                "auto",
+            )
+            for given in (parameters, x)
+        )
+        assert forward == expected is not None
+        (backward, _, _), (expected, _, _) = (
+            _calls.look_up_backward(
+                *(x[name] for name in "vqkv"),
+                given["slopes"],
+                None,
+                True,
+                given["initial_state"],
+                None,
+                ("dslopes",),
+                "auto",
+            )
+            for given in (parameters, x)
+        )
+        assert backward == expected is not None
+
+
+class Scaled(torch.nn.Module):
+    """Attention with a matrix before it, and slopes that can be learnt."""
+
+    def __init__(self, device):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.matrix = torch.nn.Parameter(torch.randn(8, 8, generator=generator, dtype=torch.float64).to(device))
+        self.slopes = torch.nn.Parameter(torch.tensor([0.1, 0.01, 0.2], dtype=torch.float64, device=device))
+
+    def forward(self, q, k, v):
+        o, state = attend(q @ self.matrix, k, v, self.slopes, return_state=True)
+        return o.square().sum() + state.sum()
+
+
+def test_functional_call_and_functional_gradients(device):
+    model = Scaled(device)
+    arrays = [tensors(device, requires_grad=())[name] for name in "qkv"]
+    model(*arrays).backward()
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, tuple(arrays))
+
+    leaves = {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
+    called = dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values())), strict=True))
+    value, pull_back = torch.func.vjp(loss, parameters)
+    for found in (called, torch.func.grad(loss)(parameters), *pull_back(torch.ones_like(value))):
+        for name, parameter in model.named_parameters():
+            assert relative_rms(to_numpy(found[name]), to_numpy(parameter.grad)) <= GRADIENT_BOUNDS["float64"], name
+    with pytest.raises(RuntimeError, match="lightning_attention can be differentiated once"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x)["matrix"].sum())(parameters)
 
 
 def test_inputs_that_were_written_since(device):
@@ -260,9 +387,11 @@ def test_compile(device, compiled, dynamic):
         return 2 * o, state.tanh()
 
     function = compiled(call, dynamic=dynamic)
-    for seqlen in (70, 9):
-        x = tensors(device, shape=(2, seqlen, 3, 8))
-        found, expected = function(x), call(x)
+    for batch, seqlen in ((2, 70), (3, 9)):
+        x = tensors(device, shape=(batch, seqlen, 3, 8))
+        with torch._dynamo.config.patch(error_on_recompile=dynamic):
+            found = function(x)
+        expected = call(x)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
         wanted = torch.autograd.grad([y.sum() for y in expected], list(x.values()))
@@ -288,13 +417,84 @@ def test_compile_with_slopes(device, compiled, kind):
         assert relative_rms(to_numpy(a), to_numpy(b)) <= GRADIENT_BOUNDS["float32"]
 
 
-def test_compile_with_autocast(device, compiled):
+@pytest.mark.parametrize("kind", ["float", "scale", "list", "array", "number of numpy"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compile_with_values_that_change(device, compiled, kind, requires_grad):
+    made = {
+        "float": lambda value: {"slopes": value},
+        "scale": lambda value: {"scale": value},
+        "list": lambda value: {"slopes": [value, 0.2, 0.3]},
+        "array": lambda value: {"slopes": np.array([value, 0.2, 0.3])},
+        "number of numpy": lambda value: {"slopes": np.float64(value)},
+    }[kind]
+    x = [tensors(device, "float32", requires_grad="qkv" if requires_grad else "")[name] for name in "qkv"]
+    function = compiled(lambda arrays, options: lightning_attention(*arrays, **options))
+    for value in (0.1, 0.7, 0.4):
+        assert torch.equal(function(x, made(value)), lightning_attention(*x, **made(value)))
+
+
+def test_compile_names_what_is_wrong(device, compiled):
+    x = [tensors(device, "float32")[name] for name in "qkv"]
+    with pytest.raises(ValueError, match=r"^slopes must be one number or have shape \(3,\), but got \(1,\)$"):
+        compiled(lambda *x: lightning_attention(*x, slopes=[0.1]))(*x)
+    with pytest.raises(ValueError, match=r"^k has shape \(2, 3, 3, 8\), but q has \(2, 70, 3, 8\)$"):
+        compiled(lambda q, k, v: lightning_attention(q, k[:, :3], v))(*x)
+
+
+def test_compile_with_fewer_axes(device, compiled):
     x = tensors(device, "float32")
-    function = compiled(lambda x: attend(**x))
-    with torch.autocast(device, dtype=torch.bfloat16):
-        found, expected = function(x), attend(**x)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+    function = compiled(lambda *x: lightning_attention(*x, slopes=0.1, return_state=True))
+    for arrays in ([x[name][0].mT.contiguous().mT for name in "qkv"], [x[name][0, :, 0] for name in "qkv"]):
+        expected = lightning_attention(*arrays, slopes=0.1, return_state=True)
+        for a, b in zip(function(*arrays), expected, strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compile_with_autocast(device, compiled, inside):
+    x = tensors(device, "float32")
+
+    def call(x):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=inside or torch.is_autocast_enabled(device)):
+            return attend(**x, return_state=True)
+
+    function = compiled(call)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=not inside):
+        found, expected = function(x), call(x)
+    assert [y.dtype for y in found] == [torch.bfloat16, torch.float32]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    gradients, wanted = (
+        torch.autograd.grad([y.sum() for y in result], list(x.values())) for result in (found, expected)
+    )
+    for (name, tensor), a, b in zip(x.items(), gradients, wanted, strict=True):
+        assert a.dtype == tensor.dtype
+        assert relative_rms(to_numpy(a), to_numpy(b)) <= GRADIENT_BOUNDS["bfloat16"], name
+
+
+def test_compile_is_the_first_that_needs_the_adapter():
+    # In a process of its own: here it is imported already.
+    script = """
+import sys, torch, lightning_cupy
+assert "lightning_cupy.torch" not in sys.modules
+x = torch.randn(9, 2, 4)
+attend = lambda x: lightning_cupy.lightning_attention(x, x, x, slopes=0.1)
+found = torch.compile(attend, fullgraph=True, backend="eager")(x)
+assert torch.equal(found, attend(x))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+
+
+def test_export(device):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return lightning_attention(q, k, v, slopes=0.1)
+
+    x = tuple(tensors(device, "float32", requires_grad=())[name] for name in "qkv")
+    program = torch.export.export(Model(), x)
+    assert torch.ops.lightning_cupy.attention.default in [node.target for node in program.graph.nodes]
+    assert torch.equal(program.module()(*x), lightning_attention(*x, slopes=0.1))
 
 
 def test_compile_refuses_out(device, compiled):
