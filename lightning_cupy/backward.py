@@ -254,8 +254,9 @@ def _slope_steps(problem: Problem) -> Steps:
     num_chunks = -(-problem.seqlen // states_plan.chunk)
     num_tiles = -(-problem.qk_dim // plan.qk_block) * -(-problem.v_dim // plan.v_block)
     num_rows = problem.batch * problem.num_heads * num_tiles
-    # A cut costs another pass: it is not worth two blocks an SM, each of which then takes almost twice as long.
-    num_segments = forward.num_segments_for(num_rows, num_chunks, problem.num_sms) if num_rows and num_chunks else 1
+    # A cut costs another pass. Where each SM has a block already, a second for each does not make up for that.
+    num_slots = problem.num_sms if num_rows > problem.num_sms // 2 else 2 * problem.num_sms
+    num_segments = forward.num_segments_for(num_rows, num_chunks, num_slots) if num_rows and num_chunks else 1
 
     scans = []
     inputs = {"dout": "do", "q": "q", "k": "k", "v": "v"}  # `do` is no name in CUDA

@@ -47,8 +47,17 @@ def arrays_of(library: str) -> tuple:
 
 
 def training_steps() -> dict:
-    """Return a forward and a backward through torch, and both functions alone."""
+    """Return a forward and a backward through torch, both functions alone, and what torch takes for doing nothing."""
     import torch
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return v.detach()
+
+        @staticmethod
+        def backward(ctx, do):
+            return do, do, do
 
     q, k, v, do, slopes = arrays_of("torch")
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -56,6 +65,7 @@ def training_steps() -> dict:
     return {
         "forward and backward": lambda: torch.autograd.grad(lightning_attention(*inputs, slopes=slopes), inputs, do),
         "forward": lambda: lightning_attention(*detached, slopes=slopes),
+        "nothing": lambda: torch.autograd.grad(Nothing.apply(*inputs), inputs, do),
         "backward": lambda: lightning_attention_backward(do, *detached, slopes=slopes, wanted=("dq", "dk", "dv")),
     }
 
