@@ -12,14 +12,15 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BOUNDS, LENGTHS, STATE_BOUNDS, relative_rms
+from conftest import BOUNDS, GRADIENT_BOUNDS, LENGTHS, STATE_BOUNDS, STATE_GRADIENT_BOUNDS, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cupy import reference
-from lightning_cupy.reference import chunked, quadratic, recurrent
+from lightning_cupy.reference import Gradients, chunked, chunked_backward, quadratic, recurrent, recurrent_backward
 
 FORMS = (recurrent, quadratic, chunked)
+BACKWARDS = (recurrent_backward, chunked_backward)
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in BOUNDS}
 # By head, for four of them. In float32 exp(-3.9e-8) is 1 - 2**-24, while exp(-100) and less are 0.
 SLOPES = {
@@ -55,6 +56,23 @@ def heads_of(o, state):
     if o.ndim == 2:
         return [(o, state)]
     return [(o[..., head, :], state[..., head, :, :]) for head in range(o.shape[-2])]
+
+
+def make_backward(rng, n, dtype="float64", **sizes):
+    """Random arguments of a backward pass, by name."""
+    *inputs, initial_state = make(rng, n, dtype=dtype, **sizes)
+    do, dstate = (rng.standard_normal(like.shape).astype(like.dtype) for like in (inputs[2], initial_state))
+    return dict(
+        zip(("do", "q", "k", "v", "initial_state", "dstate"), (do, *inputs, initial_state, dstate), strict=True)
+    )
+
+
+def check_gradients(actual, expected):
+    """Compare gradients in float64."""
+    for name, found, exact in zip(Gradients._fields, actual, expected, strict=True):
+        bounds = GRADIENT_BOUNDS if name in ("dq", "dk", "dv") else STATE_GRADIENT_BOUNDS
+        assert (found is None) is (exact is None), name
+        assert found is None or relative_rms(found, exact) < bounds["float64"], name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -195,6 +213,9 @@ def test_work_is_shared_by_any_number_of_cores(causal, cores, batch, heads, rng,
     slopes = np.linspace(0, 1, heads) if causal else None
     options = {"slopes": slopes, "causal": causal, "initial_state": state}
     check(chunked(*inputs, **options), recurrent(*inputs, **options))
+    arguments = make_backward(rng, 130, batch=batch, heads=heads, key_dim=4, value_dim=4)
+    options = {"slopes": slopes, "causal": causal}
+    check_gradients(chunked_backward(**arguments, **options), recurrent_backward(**arguments, **options))
 
 
 def heads_first(array):
@@ -298,6 +319,22 @@ def test_empty(form, causal, shape, rng):
     np.testing.assert_array_equal(state, np.zeros_like(initial))
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (0, 3, 16), (5, 0, 16), (2, 0, 3, 16), (0, 5, 3, 16), (2, 5, 0, 16)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_empty_backward(backward, causal, shape, rng):
+    q = np.empty(shape, np.float16)
+    v = np.empty((*shape[:-1], 4), np.float16)
+    leading = tuple(np.delete(shape[:-1], -2)) if len(shape) > 2 else ()
+    dstate = rng.standard_normal((*leading, 16, 4), dtype=np.float32)
+    dq, dk, dv, dinitial_state, dslopes = backward(v, q, q, v, causal=causal, dstate=dstate)
+    assert [(x.shape, x.dtype) for x in (dq, dk, dv)] == [(x.shape, np.float16) for x in (q, q, v)]
+    np.testing.assert_array_equal(dinitial_state, dstate)
+    assert not np.shares_memory(dinitial_state, dstate)
+    if causal:
+        np.testing.assert_array_equal(dslopes, np.zeros(shape[-2] if len(shape) > 2 else 1))
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v", "initial_state"])
 @pytest.mark.parametrize("causal", [True, False])
@@ -319,6 +356,32 @@ def test_nan_stays_in_its_head_and_batch_row(causal, which, value, rng):
     o[1, :, 2], state[1, 2] = clean_o[1, :, 2], clean_state[1, 2]
     np.testing.assert_array_equal(o, clean_o)
     np.testing.assert_array_equal(state, clean_state)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("which", ["do", "q", "k", "v", "initial_state", "dstate"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_nan_stays_in_its_head_and_batch_row_of_gradients(causal, which, value, rng):
+    """But for the gradients of slopes, which are sums over the batch."""
+    arguments = make_backward(rng, 150, "float32")
+    backward = functools.partial(chunked_backward, causal=causal, slopes=0.1 if causal else None)
+    clean = backward(**arguments)
+    if which in ("initial_state", "dstate"):
+        arguments[which][1, 2, 3] = value
+    else:
+        arguments[which][1, 100, 2, 3] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = backward(**arguments)
+    assert not all(np.isfinite(x[1, :, 2]).all() for x in found[:3])
+    for x, clean_x in zip(found[:3], clean, strict=False):
+        x[1, :, 2] = clean_x[1, :, 2]
+    found.dinitial_state[1, 2] = clean.dinitial_state[1, 2]
+    if causal:
+        assert not np.isfinite(found.dslopes[2])
+        found.dslopes[2] = clean.dslopes[2]
+    for x, clean_x in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(x, clean_x)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -362,6 +425,13 @@ def test_chunk_and_out_are_checked():
         reference.chunked(array, array, array, array[..., 1:])
 
 
+@pytest.mark.parametrize("wanted", [("dq", "dx"), "dx"])
+def test_wanted_is_checked(wanted):
+    array = np.zeros((5, 4, 16))
+    with pytest.raises(ValueError, match="wanted must be names out of dq, dk, dv, dinitial_state, dslopes, but got 'd"):
+        chunked_backward(array, array, array, array, wanted=wanted)
+
+
 @pytest.mark.parametrize("slopes", [-5, -100])
 def test_growth_beyond_float32_spoils_only_what_it_reaches(slopes):
     q, k, v = np.ones((3, 100, 1, 4), np.float32)
@@ -374,6 +444,58 @@ def test_growth_beyond_float32_spoils_only_what_it_reaches(slopes):
     assert np.isfinite(o[representable]).all()
     assert relative_rms(o[representable], exact[representable]) <= 1e-5  # one rounding of an exponent of 88
     assert np.isfinite(by_token[representable]).all()
+
+
+# The decay of all n tokens overflows, while what there is to decay is zeros; a head beside it has begun or not.
+not_begun = pytest.mark.parametrize(
+    ("dtype", "slope", "n", "beside"),
+    [
+        (*case, beside)
+        for case in (("float32", -100, 1), ("float32", -80, 2), ("float64", -100, 8))
+        for beside in (0, 7)
+    ],
+)
+
+
+@not_begun
+@pytest.mark.parametrize("form", [recurrent, chunked])
+def test_growth_of_a_state_that_has_not_begun(form, dtype, slope, n, beside):
+    q, k, v = np.ones((3, n, 2, 4), dtype)
+    initial = np.zeros((2, 4, 4))
+    initial[1] = beside
+    with np.errstate(over="ignore"):
+        o, state = form(q, k, v, slopes=[slope, 0], scale=1, initial_state=initial)
+    exact = np.cumsum(np.exp(-slope * np.arange(n)))
+    np.testing.assert_allclose(o[:, 0], np.tile(4 * exact[:, None], 4), rtol=1e-5)
+    np.testing.assert_allclose(state[0], np.full((4, 4), exact[-1]), rtol=1e-5)
+
+
+@not_begun
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_growth_of_a_state_that_has_not_begun_in_gradients(backward, dtype, slope, n, beside):
+    do, q, k, v = np.ones((4, n, 2, 4), dtype)
+    state = np.zeros((2, 4, 4))
+    state[1] = beside
+    with np.errstate(over="ignore"):
+        found = backward(do, q, k, v, slopes=[slope, 0], scale=1, initial_state=state, dstate=state)
+    distance = np.arange(n)
+    growth = np.exp(-slope * distance)
+    exact = np.tile(4 * np.cumsum(growth)[:, None], 4)
+    for gradient, expected in zip(found[:3], (exact, exact[::-1], exact[::-1]), strict=True):
+        np.testing.assert_allclose(gradient[:, 0], expected, rtol=1e-5)
+    pairs = n - distance  # of tokens at each distance; what the state adds is zeros
+    np.testing.assert_allclose(found.dslopes[0], -16 * np.sum(pairs * distance * growth), rtol=1e-5)
+    assert np.isposinf(found.dinitial_state[0]).all()
+    assert np.isfinite(found.dinitial_state[1]).all()
+
+
+def test_growth_before_any_gradient():
+    do, q, k, v = np.ones((4, 2, 1, 4), np.float32)
+    do[1] = 0
+    with np.errstate(all="ignore"):
+        found = recurrent_backward(do, q, k, v, slopes=-100, scale=1)
+    for gradient in (found.dk, found.dv):
+        np.testing.assert_array_equal(gradient[:, 0], np.tile([[4], [0]], 4))
 
 
 @st.composite
@@ -412,6 +534,18 @@ def test_any_problem(problem, chunk):
         assert np.abs(result.astype(np.float64) - exact).max() < 10 * bounds[dtype] * sizes.max()
 
 
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(1, 80), st.sets(st.sampled_from(Gradients._fields)))
+def test_gradients_of_any_problem(problem, chunk, wanted):
+    (q, k, v), options, _ = problem
+    do = np.cos(v.astype(np.float64)).astype(v.dtype)[..., ::-1]
+    state = options["initial_state"]
+    options |= {"dstate": None if state is None else np.sin(state), "dtype": np.float64}
+    expected = recurrent_backward(do, q, k, v, **options)
+    actual = chunked_backward(do, q, k, v, **options, chunk=chunk, wanted=wanted)
+    check_gradients(actual, expected._replace(**dict.fromkeys(set(Gradients._fields) - wanted)))
+
+
 def positive(options):
     state = options["initial_state"]
     return options | {"initial_state": None if state is None else np.abs(state)}
@@ -443,6 +577,19 @@ def test_memory_does_not_grow_with_the_length(causal, dtype, layout, rng, monkey
     short = peak(2048)
     assert short > 0
     assert peak(16384) < short + 50_000  # objects of Python; one converted input has 8 MB
+
+
+@pytest.mark.parametrize("wanted", ["dq", "dk", "dv", "dslopes"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_beyond_the_gradients_does_not_grow_with_the_length(causal, wanted, rng, monkeypatch):
+    monkeypatch.setattr(reference, "_num_cores", lambda: 1)
+
+    def peak(n):
+        arguments = make_backward(rng, n, "float16", key_dim=32, value_dim=32)
+        result_bytes = 0 if wanted == "dslopes" else arguments["q"].nbytes
+        return peak_bytes(lambda: chunked_backward(**arguments, causal=causal, wanted=[wanted])) - result_bytes
+
+    assert peak(16384) < peak(2048) + 50_000
 
 
 @pytest.mark.parametrize("causal", [True, False])
