@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 from collections.abc import Sequence
 
-from . import _compile, _environment, forward
+from . import _compile, _environment, backward, forward
 from ._progress import progress
 from .api import DTYPES, MAX_HEAD_DIM
 
@@ -16,6 +16,7 @@ def warmup(
     head_dims: int | Sequence[int | tuple[int, int]] = (64, 128),
     *,
     causal: bool = True,
+    gradients: bool = False,
     device: int | None = None,
     show_progress: bool = True,
 ) -> None:
@@ -33,6 +34,8 @@ def warmup(
         Of q and k; pairs where v has another: ``[64, (192, 128)]``. From 1 to 256.
     causal : bool, default True
         As in the calls to come.
+    gradients : bool, default False
+        Whether the kernels of gradients are wanted too.
     device : int, optional
         CUDA ordinal; the current device by default.
     show_progress : bool, default True
@@ -64,7 +67,8 @@ def warmup(
         kernel
         for dtype in names
         for qk_dim, v_dim in pairs
-        for kernel in forward.kernels_for(dtype, qk_dim, v_dim, causal=bool(causal), device_id=device_id)
+        for kernels_for in (forward.kernels_for, backward.kernels_for)[: 1 + bool(gradients)]
+        for kernel in kernels_for(dtype, qk_dim, v_dim, causal=bool(causal), device_id=device_id)
     ]
     _load_all(list(dict.fromkeys(wanted)), device_id, show_progress)
 

@@ -302,6 +302,21 @@ def _slope_steps(problem: Problem) -> Steps:
     return _in_turn([Steps((), (partials,)), *parts])
 
 
+def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:
+    """Return the kernels of gradients of calls on contiguous arrays, where dk and dv are both wanted."""
+    compute_capability, num_sms = forward.device_properties(device_id)
+    found: dict[_compile.Wanted, None] = {}
+    wanted = ("dq", "dk", "dv", "dinitial_state") + ("dslopes",) * causal
+    for seqlen, num_heads in forward.sample_sizes(num_sms):
+        q, v = (forward.contiguous(1, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
+        sizes = (dtype, 1, seqlen, num_heads, qk_dim, v_dim)
+        problem = Problem(
+            compute_capability, num_sms, *sizes, do=v, q=q, k=q, v=v, scale=1.0, causal=causal, wanted=wanted
+        )
+        found |= {launch.kernel: None for launch in steps_for(problem).launches}
+    return list(found)
+
+
 def backward(
     do: View,
     q: View,

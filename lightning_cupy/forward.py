@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -424,15 +424,19 @@ def contiguous_problem(
     return Problem(*device_properties(device_id), dtype, *sizes, v, q, q, v, **{"scale": 1.0, **options})
 
 
+def sample_sizes(num_sms: int) -> Iterable[tuple[int, int]]:
+    """Return lengths and numbers of heads, of calls that launch whatever kernels calls on contiguous arrays do."""
+    # Few tokens are not worth a cut. Heads from one to those that fill the GPU, and many times as many.
+    heads = {2**i for i in range(8)} | {-(-num_sms * part // 16) for part in range(1, 17)} | {64 * num_sms}
+    heads |= {max(1, forward_sm90.num_clusters(size, num_sms)) for size in (2, 3, 4)}
+    return itertools.product((1, 2**8, 2**10, 2**12, 2**14, 2**17), sorted(heads))
+
+
 def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:
     """Return the kernels that calls on contiguous arrays launch, whatever their length and number of heads."""
     _, num_sms = device_properties(device_id)
     found: dict[_compile.Wanted, None] = {}
-    # Few tokens are not worth a cut. Heads from one to those that fill the GPU, and many times as many.
-    heads = {2**i for i in range(8)} | {-(-num_sms * part // 16) for part in range(1, 17)} | {64 * num_sms}
-    heads |= {max(1, forward_sm90.num_clusters(size, num_sms)) for size in (2, 3, 4)}
-    lengths = (1, 2**8, 2**10, 2**12, 2**14, 2**17)
-    for seqlen, num_heads, return_state in itertools.product(lengths, sorted(heads), (False, True)):
+    for (seqlen, num_heads), return_state in itertools.product(sample_sizes(num_sms), (False, True)):
         sizes = (1, seqlen, num_heads, qk_dim, v_dim)
         problem = contiguous_problem(device_id, dtype, *sizes, causal=causal, return_state=return_state)
         found |= {launch.kernel: None for launch in steps_for(problem).launches}

@@ -280,6 +280,18 @@ def check_kernels_for(play, monkeypatch, dtype, qk_dim, v_dim):
         assert {launch.kernel for launch in steps.launches} <= set(known), (num_heads, seqlen)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("qk_dim", "v_dim"), [(64, 64), (128, 128), (64, 128)])
+def test_warmup_knows_all_kernels_of_gradients(play, monkeypatch, dtype, qk_dim, v_dim):
+    play(Driver())
+    monkeypatch.setattr(forward, "device_properties", lambda _: (90, NUM_SMS))
+    known = backward.kernels_for(dtype, qk_dim, v_dim, causal=True, device_id=0)
+    wanted = ("dq", "dk", "dv", "dslopes")
+    for num_heads, seqlen in itertools.product((1, 3, 8, 33, 64, 100, 132, 200, 1000), (1, 65, 1000, 4096, 2**15)):
+        steps = backward.steps_for(gradients_of(1, num_heads, seqlen, qk_dim, v_dim, dtype=dtype, wanted=wanted))
+        assert {launch.kernel for launch in steps.launches} <= set(known), (num_heads, seqlen)
+
+
 # What it is handed
 
 

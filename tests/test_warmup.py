@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
 import pytest
 
 import lightning_cupy
-from lightning_cupy import _compile, _environment, forward
+from lightning_cupy import _compile, _environment, backward, forward
 
 pytest.importorskip("cupy", reason="NVRTC comes through CuPy, which is not installed")
 
@@ -81,6 +82,19 @@ def test_compiles_what_calls_launch(machine, capsys, causal):
     lightning_cupy.warmup("float32", 16, causal=causal, show_progress=False)
     assert len(machine) == 3, "loaded already"
     assert capsys.readouterr().err == ""
+
+
+def test_compiles_what_gradients_launch(machine):
+    lightning_cupy.warmup("float32", 16, gradients=True, show_progress=False)
+    directions = [
+        forward.plan_for("float32", 16, 80, outputs=outputs, in_reverse=in_reverse)
+        for outputs, in_reverse in itertools.product((True, False), (True, False))
+    ]
+    plans = [*directions, backward.slopes_plan_for("float32", 16, 80)]
+    plans += [forward.ScanPlan("float", 80, in_reverse) for in_reverse in (False, True)]
+    assert {(file, constants) for file, _, constants, *_ in machine} == {(plan.file, plan.constants) for plan in plans}
+    names = [name for file, name, *_ in machine if file == "backward_float.cu"]
+    assert sorted(names) == ["slope_partials", "slope_states", "sum_partials"]
 
 
 def test_device(machine):
