@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_backend(sub)
 
     sub = add("bench", _bench, "time an op on the GPU beside the floor that memory sets and beside other packages")
-    sub.add_argument("op", nargs="?", choices=bench.OPS, default="forward", help="default: forward")
+    sub.add_argument(
+        *("op",), nargs="?", choices=["forward", "backward", "train"], default="forward", help="default: forward"
+    )
     sub.add_argument(
         "--shapes",
         nargs="+",
@@ -113,8 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--against",
         type=lambda text: [] if text == "none" else text.split(","),
         metavar="P",
-        help=f"other packages, joined by commas, or none (default: {','.join(bench.PEERS)}; "
-        f"with gradients: {','.join(bench.GRADIENT_PEERS)})",
+        help=f"other packages, joined by commas, or none (default: {','.join(bench.PEERS)})",
     )
     sub.add_argument(
         "--slopes", default="lightning2", metavar="S", help="a number for all heads, or a preset (default: lightning2)"
@@ -340,13 +341,18 @@ def _bench(arguments: argparse.Namespace) -> int:
     slopes: str | float = arguments.slopes
     with contextlib.suppress(ValueError):
         slopes = float(arguments.slopes)
+    options = {}
+    if arguments.heads_first:
+        if arguments.op != "forward":
+            raise ValueError(f"--heads-first is for the forward, but got {arguments.op}")
+        options["heads_first"] = True
     result = getattr(bench, arguments.op)(
         arguments.shapes,
         dtypes=arguments.dtype,
         against=arguments.against,
         slopes=slopes,
-        heads_first=arguments.heads_first,
         quick=arguments.quick,
+        **options,
         command=f"python -m lightning_cupy {shlex.join(map(_without_folder, arguments.words))}",
     )
     print(result)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,7 +21,6 @@ from .api import lightning_attention, lightning_attention_backward
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
-Attention = Callable[[Any, Any, Any], Any]  # from q, k and v to o, all [batch, seqlen, num_heads, head_dim]
 
 _CHUNK = 64  # tokens of the intra-block part, as the FLOP are counted
 _MIN_FLUSH_BYTES = 128 * 2**20
@@ -100,9 +98,9 @@ class Inputs:
         rng = cupy.random.default_rng(0)
         dims = {"q": shape.head_dim, "k": shape.head_dim, "v": shape.v_dim, "o": shape.v_dim}
         sizes = (shape.num_heads, shape.seqlen) if heads_first else (shape.seqlen, shape.num_heads)
-        self._integers = f"i{_arrays.ITEMSIZES[dtype]}"  # which every library knows
+        integers = f"i{_arrays.ITEMSIZES[dtype]}"  # which every library knows
         # Contiguous, as they lie in memory.
-        self.bits = {name: cupy.empty((shape.batch, *sizes, dim), self._integers) for name, dim in dims.items()}
+        self.bits = {name: cupy.empty((shape.batch, *sizes, dim), integers) for name, dim in dims.items()}
         for name in "qkv":
             _fill_with_normal(self.bits[name], dtype, rng)
         floats = (self._as_floats(bits, dtype) for bits in self.bits.values())
@@ -116,10 +114,23 @@ class Inputs:
             return bits.view(_arrays.dtype_of(dtype))
         return self.torch.from_dlpack(bits).view(getattr(self.torch, dtype))
 
-    def _stream(self, name: str, *arrays: Any) -> None:
-        """Launch a kernel that only reads and writes; the contents of what it writes are lost."""
-        num_qk, num_v = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qv")
-        self.gpu.launch(name, _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
+    def attend(self) -> None:
+        """Make the call that is measured."""
+        lightning_attention(self.q, self.k, self.v, self.o, slopes=self.slopes)
+
+    def stream(self) -> None:
+        """Only read q, k, v and write o, whose contents are lost."""
+        num_qk, num_o = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qo")
+        arrays = (self.bits[name] for name in "oqkv")
+        self.gpu.launch("stream", _num_blocks(max(num_qk, num_o)), *arrays, np.int64(num_qk), np.int64(num_o))
+
+    def poison(self) -> None:
+        """Make every element of o a NaN all of whose bits are 1."""
+        self.bits["o"].data.memset_async(0xFF, self.bits["o"].nbytes)
+
+    def is_unwritten(self) -> bool:
+        """Whether an element of o is still what `poison` wrote: the NaN that arithmetic makes has other bits."""
+        return any(bool((part == -1).any()) for part in _parts(self.bits["o"]))
 
     def sample(self, array: Any) -> Array:
         """Return the sampled heads as ``[seqlen, samples, head_dim]`` in float64 on the host."""
@@ -131,170 +142,76 @@ class Inputs:
         on_host = [cupy.asnumpy(row.view(f"i{row.itemsize}")).view(row.dtype) for row in rows]
         return np.stack(on_host, 1).astype(np.float64)
 
-    def tensors(self, names: Iterable[str], *, heads_first: bool = False) -> list[Any]:
-        """Return arrays as they are, or copied to memory where [batch, num_heads, seqlen, head_dim] is contiguous."""
-        found = [getattr(self, name) for name in names]
-        return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in found] if heads_first else found
+
+_STATES = ("initial_state", "dstate")
 
 
-class Forward(Inputs):
-    """The forward of q, k and v."""
+class GradientInputs(Inputs):
+    """The same, with a gradient of o, random too, and memory for those of q, k and v, for the floor alone."""
 
-    num_passes = 1.0  # of softmax attention: FLOP in those of a forward
-
-    def call(self) -> None:
-        """Make the call that is measured."""
-        lightning_attention(self.q, self.k, self.v, self.o, slopes=self.slopes)
-
-    def floor(self) -> None:
-        """Only read q, k, v and write o, whose contents are lost."""
-        self._stream("stream", *(self.bits[name] for name in "oqkv"))
-
-    def checked(self) -> Any:
-        """Return o of a call, as `results` takes it; None where an element is left unwritten."""
-        _poison(self.bits["o"])
-        self.call()
-        return None if self.is_unwritten() else self.o
-
-    def is_unwritten(self) -> bool:
-        """Whether an element of o is still what `_poison` wrote: the NaN that arithmetic makes has other bits."""
-        return any(bool((part == -1).any()) for part in _parts(self.bits["o"]))
-
-    def results(self, found: Any) -> tuple[Any, ...]:
-        """Return what is compared of what a call of ours, or of a peer's, gave."""
-        return (found,)
-
-    def call_of(self, function: Attention, *, heads_first: bool = False, factor: float = 1.0) -> Call:
-        """Return a call of a peer's function of q, k and v, in memory as it wants them.
-
-        Its outputs lack a factor, which goes into q.
-        """
-        q, k, v = self.tensors("qkv", heads_first=heads_first)
-        q = q if factor == 1 else q * factor
-        return lambda: function(q, k, v)
-
-
-class Backward(Inputs):
-    """The backward alone, of a random do."""
-
-    num_passes = 2.5
-    makes_o_again = False  # at each call of a peer's
-
-    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array, heads_first: bool) -> None:
+    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array) -> None:
         import cupy
 
-        super().__init__(gpu, shape, dtype, slopes, heads_first)
+        super().__init__(gpu, shape, dtype, slopes, heads_first=False)
         rng = cupy.random.default_rng(1)
         _fill_with_normal(self.bits["o"], dtype, rng)
         self.do = self.o
-        self._written = [cupy.empty_like(self.bits[name]) for name in "qkv"]  # by the floor
-        self._states = {}
-        of_state = "float64" if dtype == "float64" else "float32"
-        for name in ("initial_state", "dstate"):
-            sizes = (shape.batch, shape.num_heads, shape.head_dim, shape.v_dim)
-            bits = cupy.empty(sizes, f"i{_arrays.ITEMSIZES[of_state]}")
-            _fill_with_normal(bits, of_state, rng)
-            self._states[name] = self._as_floats(bits, of_state)
-
-    def call(self, *more: str) -> Any:
-        """Make the call that is measured: dq, dk and dv, and more that is asked for."""
-        states = self._states if "dinitial_state" in more else {}
-        return lightning_attention_backward(
-            self.do, self.q, self.k, self.v, slopes=self.slopes, wanted=("dq", "dk", "dv", *more), **states
+        self._written = [cupy.empty_like(self.bits[name]) for name in "qkv"]
+        state = (shape.batch, shape.num_heads, shape.head_dim, shape.v_dim)
+        bits = (rng.standard_normal(state, np.float64 if dtype == "float64" else np.float32) for _ in _STATES)
+        self.states = dict(
+            zip(_STATES, (self._as_floats(x.view(f"i{x.itemsize}"), x.dtype.name) for x in bits), strict=True)
         )
 
-    def floor(self) -> None:
+    def gradients(self, *more: str) -> Any:
+        """Make the call that is measured: dq, dk and dv, and more that is asked for."""
+        states = self.states if "dinitial_state" in more else {}
+        wanted = ("dq", "dk", "dv", *more)
+        return lightning_attention_backward(
+            self.do, self.q, self.k, self.v, slopes=self.slopes, wanted=wanted, **states
+        )
+
+    def stream_backward(self) -> None:
         """Only read do, q, k and v, and write as much as dq, dk and dv are."""
-        self._stream("stream_backward", *self._written, *(self.bits[name] for name in "oqkv"))
+        num_qk, num_v = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qv")
+        arrays = (*self._written, *(self.bits[name] for name in "oqkv"))
+        self.gpu.launch("stream_backward", _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
 
-    def checked(self) -> Any:
-        """Return the gradients of a call; None where one has NaN, in any head.
+    def stream_training(self) -> None:
+        """Both floors, one behind the other."""
+        num_qk, num_v = (self.bits[name].nbytes // _VECTOR_BYTES for name in "qv")
+        arrays = (self._written[2], *(self.bits[name] for name in "qkv"))
+        self.gpu.launch("stream", _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
+        self.stream_backward()
 
-        Those of a call before are made NaN: the next is likely to get their memory, where what it leaves out is seen.
-        """
-        self._poison_results(self.call())
-        found = self.call()
-        return None if any(map(self._has_nan, self.results(found))) else found
-
-    def _poison_results(self, found: Any) -> None:
-        for array in self.results(found):
-            _poison(self._as_bits(array))
-
-    def _as_bits(self, array: Any) -> Any:
-        if self.torch is None:
-            return array.view(self._integers)
-        import cupy
-
-        return cupy.from_dlpack(array.view(getattr(self.torch, f"int{8 * array.itemsize}")))
-
-    def _has_nan(self, array: Any) -> bool:
-        infinity = np.array(np.inf, _arrays.dtype_of(self.dtype)).view(self._integers)[()]
-        all_but_sign = np.iinfo(infinity.dtype).max
-        return any(bool(((part & all_but_sign) > infinity).any()) for part in _parts(self._as_bits(array)))
-
-    def results(self, found: Any) -> tuple[Any, ...]:
-        """Return dq, dk and dv of what a call of ours, or of a peer's, gave."""
-        return tuple(found[:3])
-
-    def call_of(self, function: Attention, *, heads_first: bool = False, factor: float = 1.0) -> Call:
-        """Return a call for the gradients, by torch, of a peer's function of q, k and v, in memory as it wants them.
-
-        Its outputs lack a factor, which goes into do.
-        """
+    def attend_by(self, function: Callable[..., Any]) -> tuple[Call, Call]:
+        """Return a training step through torch, and its backward alone, both giving gradients of q, k and v."""
         torch = self.torch
-        *leaves, do = self.tensors(("q", "k", "v", "do"), heads_first=heads_first)
-        leaves = [tensor.detach().requires_grad_() for tensor in leaves]
-        do = do if factor == 1 else do * factor
+        leaves = [tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v)]
 
-        def attend() -> Any:
+        def step() -> Any:
             with torch.enable_grad():
-                return function(*leaves)
+                return torch.autograd.grad(function(*leaves), leaves, self.do)
 
-        make_o = attend if self.makes_o_again else functools.cache(attend)
-        return lambda: torch.autograd.grad(make_o(), leaves, do, retain_graph=not self.makes_o_again)
+        with torch.enable_grad():
+            o = function(*leaves)
+        return step, lambda: torch.autograd.grad(o, leaves, self.do, retain_graph=True)
 
-    def extra_memory(self) -> float | None:
-        """Return the peak of what a call takes beyond inputs and gradients, over the bytes of q, k, v and do.
+    def train(self) -> Call:
+        """Return a step of ours."""
+        return self.attend_by(lambda q, k, v: lightning_attention(q, k, v, slopes=self.slopes))[0]
 
-        Of torch's allocator, which our calls on its tensors use too; None without torch.
-        """
-        if self.torch is None:
-            return None
-        self.call()
-        before = self.torch.cuda.memory_allocated()
-        self.torch.cuda.reset_peak_memory_stats()
-        gradients = self.results(self.call())
-        taken = self.torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
-        return float(taken / sum(bits.nbytes for bits in self.bits.values()))
-
-
-class Train(Backward):
-    """A forward and a backward, through torch."""
-
-    num_passes = 3.5
-    makes_o_again = True
-
-    def __init__(self, gpu: Gpu, shape: Shape, dtype: str, slopes: Array, heads_first: bool) -> None:
-        super().__init__(gpu, shape, dtype, slopes, heads_first)
-        self._step = self.call_of(lambda q, k, v: lightning_attention(q, k, v, slopes=self.slopes))
-
-    def call(self, *more: str) -> Any:
-        """Make the step that is measured."""
-        assert not more
-        return self._step()
-
-    def floor(self) -> None:
-        """Do what both ops must, one behind the other."""
-        self._stream("stream", self._written[2], *(self.bits[name] for name in "qkv"))
-        super().floor()
-
-
-INPUTS: dict[str, type[Forward] | type[Backward]] = {"forward": Forward, "backward": Backward, "train": Train}
-
-
-def _poison(bits: Any) -> None:
-    """Make every element a NaN all of whose bits are 1."""
-    bits.data.memset_async(0xFF, bits.nbytes)
+    def extra_memory(self, call: Call) -> float:
+        """Bytes that a call takes for a while beyond its results, over those of q, k, v and do."""
+        torch = self.torch
+        call()
+        self.gpu.device.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = call()
+        peak = torch.cuda.max_memory_allocated() - before
+        results = sum(tensor.nbytes for tensor in results if tensor is not None)
+        return float((peak - results) / sum(self.bits[name].nbytes for name in "oqkv"))
 
 
 def _num_blocks(num_vectors: int) -> int:
@@ -347,15 +264,23 @@ class Gpu:
                 found[name] = importlib.metadata.version(name)
         return found
 
-    def inputs(self, op: str, shape: Shape, dtype: str, slopes: Array, heads_first: bool) -> Forward | Backward:
+    def inputs(self, shape: Shape, dtype: str, slopes: Array, heads_first: bool = False) -> Inputs:
         """Make arrays to measure with; those with heads first are views of [batch, num_heads, seqlen, head_dim]."""
+        self._free()
+        return Inputs(self, shape, dtype, slopes, heads_first)
+
+    def _free(self) -> None:
         import cupy
 
         # Two pools: what one keeps of earlier arrays, the other may need.
         cupy.get_default_memory_pool().free_all_blocks()
         if self.torch is not None:
             self.torch.cuda.empty_cache()
-        return INPUTS[op](self, shape, dtype, slopes, heads_first)
+
+    def gradient_inputs(self, shape: Shape, dtype: str, slopes: Array) -> GradientInputs:
+        """Make arrays to measure gradients with."""
+        self._free()
+        return GradientInputs(self, shape, dtype, slopes)
 
     def launch(self, name: str, num_blocks: int, *args: Any, num_threads: int = _NUM_THREADS) -> None:
         """Launch a kernel of kernels_cu/bench.cu on CuPy's current stream."""
@@ -491,65 +416,65 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _of_heads_first(function: Callable[..., Any]) -> Attention:
-    """Let a function of [batch, num_heads, seqlen, head_dim] take views, and return one."""
-    return lambda q, k, v: function(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
+def _heads_first(x: Inputs) -> list[Any]:
+    """Views of q, k and v as [batch, num_heads, seqlen, head_dim]."""
+    return [tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v)]
 
 
-def _without_scale(x: Forward | Backward, function: Callable[..., Any]) -> Call:
+def _without_scale(x: Inputs, function: Callable[..., Any]) -> Call:
     """Call a function of contiguous [batch, num_heads, seqlen, head_dim] that knows no scale."""
-    slopes = x.slopes.float()
-    attend = _of_heads_first(lambda q, k, v: function(q, k, v, slopes))
-    return x.call_of(attend, heads_first=True, factor=x.scale)
+    q, k, v = (tensor.contiguous() for tensor in _heads_first(x))
+    q, slopes = q * x.scale, x.slopes.float()
+    return lambda: function(q, k, v, slopes).transpose(1, 2)
 
 
-def _fla(x: Forward | Backward) -> dict[str, Call]:
+def _fla(x: Inputs) -> dict[str, Call]:
     ops = importlib.import_module(_MODULES["fla"])
     options = {"g_gamma": -x.slopes.float(), "scale": x.scale}
     return {
-        "fla chunk": x.call_of(lambda q, k, v: ops.chunk_simple_gla(q, k, v, **options)[0]),
-        "fla fused_chunk": x.call_of(lambda q, k, v: ops.fused_chunk_simple_gla(q, k, v, **options)[0]),
+        "fla chunk": lambda: ops.chunk_simple_gla(x.q, x.k, x.v, **options)[0],
+        "fla fused_chunk": lambda: ops.fused_chunk_simple_gla(x.q, x.k, x.v, **options)[0],
     }
 
 
-def _tk(x: Forward) -> dict[str, Call]:
+def _tk(x: Inputs) -> dict[str, Call]:
     return {"tk": _without_scale(x, importlib.import_module(_MODULES["tk"]).linear_attention)}
 
 
-def _lightning_attn(x: Forward | Backward) -> dict[str, Call]:
+def _lightning_attn(x: Inputs) -> dict[str, Call]:
     function = importlib.import_module(_MODULES["lightning_attn"]).lightning_attn_func
     return {"lightning_attn": _without_scale(x, function)}
 
 
-def _sdpa(x: Forward | Backward) -> dict[str, Call]:
+def _sdpa(x: Inputs) -> dict[str, Call]:
     """Softmax attention by cuDNN: another function, the one that many come from."""
-    num_scores = x.shape.batch * x.shape.num_heads * x.shape.seqlen**2
-    flop = x.num_passes * num_scores * (x.shape.head_dim + x.shape.v_dim)
+    flop = x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * (x.shape.head_dim + x.shape.v_dim)
     if flop > _MAX_SCORE_FLOP:
         raise ValueError(f"its scores would take {flop / 1e15:.0f} PFLOP")
     attention = importlib.import_module("torch.nn.attention")
-    softmax_attention = x.torch.nn.functional.scaled_dot_product_attention
+    attend, (q, k, v) = x.torch.nn.functional.scaled_dot_product_attention, _heads_first(x)
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
+    def call() -> Any:
         with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
-            return softmax_attention(q, k, v, is_causal=True, scale=x.scale)
+            return attend(q, k, v, is_causal=True, scale=x.scale).transpose(1, 2)
 
-    return {"sdpa": x.call_of(_of_heads_first(attend))}
+    return {"sdpa": call}
 
 
-def _naive(x: Forward) -> dict[str, Call]:
+def _naive(x: Inputs) -> dict[str, Call]:
     """The O(n^2) form, ``((q k^T) * mask) v``."""
     num_bytes = x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * _arrays.ITEMSIZES[x.dtype]
     if num_bytes > _MAX_SCORE_BYTES:
         raise ValueError(f"its scores would take {num_bytes / 1e9:.0f} GB")
-    position = x.torch.arange(x.shape.seqlen, device=x.q.device, dtype=x.slopes.dtype)
+    q, k, v = _heads_first(x)
+    position = x.torch.arange(x.shape.seqlen, device=q.device, dtype=x.slopes.dtype)
     distance = (position[:, None] - position).clamp(min=0)
-    mask = x.torch.stack([(x.scale * x.torch.exp(-slope * distance)).tril().to(x.q.dtype) for slope in x.slopes])
-    return {"naive": x.call_of(_of_heads_first(lambda q, k, v: (q @ k.mT * mask) @ v))}
+    mask = x.torch.stack([(x.scale * x.torch.exp(-slope * distance)).tril().to(q.dtype) for slope in x.slopes])
+    return {"naive": lambda: ((q @ k.mT * mask) @ v).transpose(1, 2)}
 
 
-def _portable(x: Forward) -> dict[str, Call]:
-    """Our own kernels for any GPU, where others are chosen: of the forward alone."""
+def _portable(x: Inputs) -> dict[str, Call]:
+    """Our own kernels for any GPU, where others are chosen."""
     views = {name: _arrays.view(name, getattr(x, name)) for name in ("o", "q", "k", "v", "slopes")}
     shape, dtype = x.shape, cast(forward.Dtype, x.dtype)
     sizes = (shape.batch, shape.seqlen, shape.num_heads, shape.head_dim, shape.v_dim)
@@ -571,8 +496,38 @@ def _portable(x: Forward) -> dict[str, Call]:
     return {"portable": call}
 
 
-# From inputs to calls, by variant, that return o as [batch, seqlen, num_heads, V], or gradients of q, k and v.
-PEER_CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
+def _differentiable_fla(x: GradientInputs) -> dict[str, Callable[..., Any]]:
+    ops = importlib.import_module(_MODULES["fla"])
+    options = {"g_gamma": -x.slopes.float(), "scale": x.scale}
+    return {
+        "fla chunk": lambda q, k, v: ops.chunk_simple_gla(q, k, v, **options)[0],
+        "fla fused_chunk": lambda q, k, v: ops.fused_chunk_simple_gla(q, k, v, **options)[0],
+    }
+
+
+def _differentiable_sdpa(x: GradientInputs) -> dict[str, Callable[..., Any]]:
+    flop = 3 * x.shape.batch * x.shape.num_heads * x.shape.seqlen**2 * (x.shape.head_dim + x.shape.v_dim)
+    if flop > _MAX_SCORE_FLOP:
+        raise ValueError(f"its scores would take {flop / 1e15:.0f} PFLOP")
+    attention = importlib.import_module("torch.nn.attention")
+    attend = x.torch.nn.functional.scaled_dot_product_attention
+
+    def call(*tensors: Any) -> Any:
+        q, k, v = (tensor.transpose(1, 2) for tensor in tensors)
+        with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v, is_causal=True, scale=x.scale).transpose(1, 2)
+
+    return {"sdpa": call}
+
+
+# From inputs to functions of q, k and v, by variant, that torch can differentiate.
+DIFFERENTIABLE_PEERS: dict[str, Callable[[GradientInputs], dict[str, Callable[..., Any]]]] = {
+    "fla": _differentiable_fla,
+    "sdpa": _differentiable_sdpa,
+}
+
+# From inputs to calls, by variant, that return o as [batch, seqlen, num_heads, V].
+PEER_CALLS: dict[str, Callable[[Inputs], dict[str, Call]]] = {
     "fla": _fla,
     "tk": _tk,
     "lightning_attn": _lightning_attn,
@@ -580,4 +535,3 @@ PEER_CALLS: dict[str, Callable[[Any], dict[str, Call]]] = {
     "naive": _naive,
     "portable": _portable,
 }
-DIFFERENTIABLE_PEERS = ("fla", "lightning_attn", "sdpa")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from ._progress import progress
 from .api import lightning_attention
 from .demo import BOUNDS
 
+GRADIENT_BOUNDS = {"float64": 1e-11, "float32": 4e-6, "float16": 6e-4, "bfloat16": 2.7e-3}
+
 __all__ = [
     "DEFAULT_SHAPES",
-    "GRADIENT_BOUNDS",
     "GRADIENT_PEERS",
     "GRADIENT_SHAPES",
-    "OPS",
     "PEERS",
     "QUICK_SHAPES",
     "Result",
@@ -43,8 +42,6 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 
-Expected = list[tuple[slice, tuple[Array, ...]]]  # windows of the sequence, and results there
-
 PEERS = tuple(_bench_gpu.PEER_CALLS)
 DEFAULT_SHAPES = (
     *(Shape.of(4, 32, seqlen, 128) for seqlen in (512, 2048, 8192, 32_768)),
@@ -57,7 +54,7 @@ DEFAULT_SHAPES = (
     Shape.of(33, 4, 4096, 128),  # as many heads as an H200 has SMs
 )
 QUICK_SHAPES = (Shape.of(4, 32, 2048, 128), Shape.of(1, 64, 4096, 128), Shape.of(1, 8, 32_768, 128))
-GRADIENT_PEERS = _bench_gpu.DIFFERENTIABLE_PEERS
+GRADIENT_PEERS = tuple(_bench_gpu.DIFFERENTIABLE_PEERS)
 GRADIENT_SHAPES = (
     *(Shape.of(4, 32, seqlen, 128) for seqlen in (2048, 8192)),
     Shape.of(8, 16, 8192, 64),
@@ -65,36 +62,24 @@ GRADIENT_SHAPES = (
     *(Shape.of(1, 8, seqlen, 128) for seqlen in (32_768, 131_072)),
     *(Shape.of(2, 12, 2048, head_dim) for head_dim in (96, 192, 256)),
 )
-GRADIENT_BOUNDS = {"float64": 1e-11, "float32": 4e-6, "float16": 6e-4, "bfloat16": 2.7e-3}  # beside BOUNDS of outputs
-
 _QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for a minute
 _SECONDS, _QUICK_SECONDS = 0.3, 0.1  # of repeats for each time
+
+_MORE = ("dinitial_state", "dslopes")
+_FLOORS = {
+    "forward": "read q, k, v and write o",
+    "backward": "read do, q, k, v and write dq, dk, dv",
+    "train": "read and write what both must",
+}
+_MEMORY = " memory: beyond results, over that of q, k, v and do."
+_LEGENDS = {
+    "forward": "",
+    "backward": f" dinitial_state and dslopes: what asking for them adds.{_MEMORY}",
+    "train": _MEMORY,
+}
 _PEER_BOUND = 2e-2  # relative RMS: another function is further off, the least exact peer is not (1.55e-2)
 _MANY_TOKENS = 64  # from which on errors average out
 _WINDOW = 16_384  # tokens that are checked at the start, the middle and the end of a longer sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """What is measured of an op, and how it is shown; its arrays and calls are in `_bench_gpu.INPUTS`."""
-
-    traffic: str  # of the floor
-    inputs: tuple[str, ...]
-    expected: Callable[..., Expected]  # from inputs of the sampled heads, and their slopes
-    bounds: Mapping[str, float]
-    shapes: tuple[Shape, ...]
-    quick_shapes: tuple[Shape, ...]
-    peers: tuple[str, ...]
-    quick_peers: tuple[str, ...]
-    more: tuple[str, ...] = ()  # gradients that other calls ask for in addition
-    memory: bool = False  # whether what it takes for a while is measured
-    needs_torch: bool = False
-    legend: str = ""
-
-    @property
-    def columns(self) -> list[str]:
-        """Return headings of what only this op has."""
-        return [*self.more, *(["memory"] if self.memory else [])]
 
 
 @dataclasses.dataclass
@@ -106,9 +91,9 @@ class Row:
     op: str = "forward"
     error: float | None = None  # relative RMS, the worst of all results; None where one has NaN, or there is none
     ours: Timing | None = None
-    floor: Timing | None = None  # of kernels that only read and write what the op must
+    floor: Timing | None = None  # of the kernel that only reads q, k, v and writes o, and of the backward likewise
     more: dict[str, Timing] = dataclasses.field(default_factory=dict)  # ours, where more gradients are asked for
-    memory: float | None = None  # peak beyond inputs and gradients, over the bytes of q, k, v and do
+    memory: float | None = None  # beyond results, over the inputs' bytes
     peers: dict[str, Timing] = dataclasses.field(default_factory=dict)  # by name and by variant
     peer_errors: dict[str, float | None] = dataclasses.field(default_factory=dict)
     problems: dict[str, str] = dataclasses.field(default_factory=dict)  # by name or variant, why it has no time
@@ -116,7 +101,8 @@ class Row:
     @property
     def bound(self) -> float:
         """Of the error: half as much again for fewer than 64 tokens, where one rounded score may be all of it."""
-        return OPS[self.op].bounds[self.dtype] * (1.5 if self.shape.seqlen < _MANY_TOKENS else 1)
+        bounds = BOUNDS if self.op == "forward" else GRADIENT_BOUNDS
+        return bounds[self.dtype] * (1.5 if self.shape.seqlen < _MANY_TOKENS else 1)
 
     @property
     def passed(self) -> bool:
@@ -124,17 +110,14 @@ class Row:
         return "memory" in self.problems or _at_most(self.error, self.bound)
 
     def numbers(self) -> dict[str, Any]:
-        """Return what follows from the times.
-
-        TFLOP/s, GB/s, the floor's time over ours, what more gradients add to ours, and the peers' times over ours.
-        """
+        """Return what follows from the times: TFLOP/s, GB/s, share of the floor, and the peers' times over ours."""
         if self.ours is None or self.floor is None:
             return {}
         return {
             "tflops": self.shape.flop(self.op) / self.ours.median / 1e9,
             "gb_per_s": self.shape.num_bytes(self.dtype, self.op) / self.ours.median / 1e6,
             "share": self.floor.median / self.ours.median,
-            "added": {name: timing.median / self.ours.median - 1 for name, timing in self.more.items()},
+            "more": {name: timing.median / self.ours.median - 1 for name, timing in self.more.items()},
             "ratios": {name: timing.median / self.ours.median for name, timing in self.peers.items()},
         }
 
@@ -150,8 +133,10 @@ class Row:
             cells += [percent(numbers["share"])]
         else:
             cells += ["-"] * 4
-        cells += [percent(numbers.get("added", {}).get(name), "+") for name in OPS[self.op].more]
-        cells += [percent(self.memory)] if OPS[self.op].memory else []
+        if self.op == "backward":
+            cells += [percent(numbers.get("more", {}).get(name), "+") for name in _MORE]
+        if self.op != "forward":
+            cells += [percent(self.memory)]
         for name in peers:
             ratio = numbers.get("ratios", {}).get(name)
             differs = name != "sdpa" and not _at_most(self.peer_errors.get(name), _PEER_BOUND)
@@ -193,14 +178,15 @@ class Result:
             f"{self.subject} on {where}, {self.date}: `{self.command}`",
             "",
             f"Copy: {self.copy_gb_per_s:,.0f} GB/s. Host time of a call: {host}. ms: on the device, median. "
-            f"share: time to only {OPS[self.op].traffic}, over ours.{OPS[self.op].legend} Peers: their time over ours. "
+            f"share: time to only {_FLOORS[self.op]}, over ours.{_LEGENDS[self.op]} Peers: their time over ours. "
             "error: relative RMS against float64.",
             "",
         ]
         if self.missing:
             lines += [f"Not here: {', '.join(f'{name} ({why})' for name, why in self.missing.items())}.", ""]
         head = ["batch, heads, tokens, head_dim", "dtype", "ms", "TFLOP/s", "GB/s", "share"]
-        head += [*OPS[self.op].columns, *self.peers, "error"]
+        head += [*_MORE, "memory"] if self.op == "backward" else ["memory"] if self.op == "train" else []
+        head += [*self.peers, "error"]
         table = [head, *(row.cells(self.peers) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         table.insert(1, ["-" * (width - (idx > 1)) + ":" * (idx > 1) for idx, width in enumerate(widths)])
@@ -214,11 +200,8 @@ class Result:
     def save(self, path: Path | str) -> None:
         """Write everything as JSON."""
         content = dataclasses.asdict(self)
-        op = OPS[self.op]
         for row, fields in zip(self.rows, content["rows"], strict=True):
             fields.update(shape=row.shape._asdict(), **row.numbers())
-            for name in ("op", *(() if op.more else ("more", "added")), *(() if op.memory else ("memory",))):
-                fields.pop(name, None)  # what is the result's, or what this op does not have
         Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def plot(self, axes: Any = None) -> Any:
@@ -241,7 +224,7 @@ class Result:
             axes.plot(rates, range(len(rows)), marker, label=label, **style)
 
         floors = [row.floor for row in rows]
-        mark(f"only {OPS[self.op].traffic}", floors, "|", color="black", markersize=18, markeredgewidth=2)
+        mark(f"only {_FLOORS[self.op]}", floors, "|", color="black", markersize=18, markeredgewidth=2)
         mark("lightning_cupy", [row.ours for row in rows], "D", markersize=8)
         for name in self.peers:
             mark(name, [row.peers.get(name) for row in rows], "o", markersize=6)
@@ -304,7 +287,9 @@ def forward(
     RuntimeError
         Where kernels cannot run; the message says what mends it.
     """
-    return _bench("forward", shapes, dtypes, against, slopes, heads_first, quick, command)
+    cases = shapes or (QUICK_SHAPES if quick else DEFAULT_SHAPES)
+    names = against if against is not None else _QUICK_PEERS if quick else PEERS
+    return _bench("forward", cases, dtypes, names, PEERS, slopes, heads_first, quick, command)
 
 
 def backward(
@@ -313,7 +298,6 @@ def backward(
     dtypes: Sequence[str] = ("bfloat16",),
     against: Sequence[str] | None = None,
     slopes: str | float = "lightning2",
-    heads_first: bool = False,
     quick: bool = False,
     command: str = "lightning_cupy.bench.backward()",
 ) -> Result:
@@ -322,18 +306,16 @@ def backward(
     Parameters
     ----------
     shapes, dtypes, slopes, quick, command
-        As of `forward`; by default `GRADIENT_SHAPES`, or three of them.
+        As of `forward`; by default `GRADIENT_SHAPES`.
     against
-        Names of `GRADIENT_PEERS`, by default all, or with `quick` "sdpa"; of these too it is the backward alone.
-    heads_first
-        As of `forward`, of do, q, k and v; gradients are contiguous as ever.
+        Names of `GRADIENT_PEERS`: of these it is the backward alone.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
         As `forward` does.
     """
-    return _bench("backward", shapes, dtypes, against, slopes, heads_first, quick, command)
+    return _bench_gradients("backward", shapes, dtypes, against, slopes, quick, command)
 
 
 def train(
@@ -342,66 +324,127 @@ def train(
     dtypes: Sequence[str] = ("bfloat16",),
     against: Sequence[str] | None = None,
     slopes: str | float = "lightning2",
-    heads_first: bool = False,
     quick: bool = False,
     command: str = "lightning_cupy.bench.train()",
 ) -> Result:
     """Measure a forward and a backward through torch on the current GPU.
 
-    Of the memory that a step takes for a while o is a part, a quarter of the inputs' bytes where v is as wide as q.
-
     Parameters
     ----------
-    shapes, dtypes, against, slopes, heads_first, quick, command
+    shapes, dtypes, against, slopes, quick, command
         As of `backward`.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As `forward` does, and where torch, or its CUDA, is not installed.
+        As `forward` does, and where torch is not installed.
     """
-    return _bench("train", shapes, dtypes, against, slopes, heads_first, quick, command)
+    problem = _bench_gpu.why_missing("sdpa")
+    if problem is not None:
+        raise RuntimeError(f"bench train {problem}; run: pip install torch")
+    return _bench_gradients("train", shapes, dtypes, against, slopes, quick, command)
 
 
-def _bench(
-    name: str,
+def _bench_gradients(
+    op: str,
     shapes: Sequence[Sequence[int]] | None,
     dtypes: Sequence[str],
     against: Sequence[str] | None,
+    slopes: str | float,
+    quick: bool,
+    command: str,
+) -> Result:
+    cases = shapes or (GRADIENT_SHAPES[::2][:3] if quick else GRADIENT_SHAPES)
+    names = against if against is not None else ("sdpa",) if quick else GRADIENT_PEERS
+    return _bench(op, cases, dtypes, names, GRADIENT_PEERS, slopes, False, quick, command)
+
+
+def _bench(
+    op: str,
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[str],
+    against: Sequence[str],
+    known: Sequence[str],
     slopes: str | float,
     heads_first: bool,
     quick: bool,
     command: str,
 ) -> Result:
-    op = OPS[name]
-    cases = [Shape.of(*shape) for shape in shapes or (op.quick_shapes if quick else op.shapes)]
-    wanted = list(against if against is not None else op.quick_peers if quick else op.peers)
-    for peer in wanted:
-        if peer not in op.peers:
-            raise ValueError(f"against must be of {', '.join(op.peers)}, but got {peer!r}")
+    cases = [Shape.of(*shape) for shape in shapes]
+    for name in against:
+        if name not in known:
+            raise ValueError(f"against must be of {', '.join(known)}, but got {name!r}")
     for dtype in dtypes:
         for shape in cases:  # the library refuses what is wrong, shown here without any token
             q, v = (np.empty((0, shape.num_heads, dim), _arrays.dtype_of(dtype)) for dim in shape[3:])
             lightning_attention(q, q, v, slopes=_slopes_of(slopes, shape.num_heads), backend="cpu")
     _environment.require_cuda("bench")
-    if op.needs_torch and (problem := _bench_gpu.why_missing("sdpa")):
-        raise RuntimeError(f"bench {name} {problem}; run: pip install torch")
 
-    missing = {peer: why for peer in wanted if (why := _bench_gpu.why_missing(peer))}
-    peers = [peer for peer in wanted if peer not in missing]
+    missing = {name: why for name in against if (why := _bench_gpu.why_missing(name))}
+    peers = [name for name in against if name not in missing]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "minutes")
     with _bench_gpu.current_gpu() as gpu, progress(len(dtypes) * len(cases), "rows") as bar:
-        result = Result(name, heads_first, command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
+        result = Result(op, heads_first, command, date, gpu.environment(), gpu.copy_gb_per_s(), peers, missing)
         result.host_us["empty kernel"] = gpu.host_us_of_launch()
         for dtype in dtypes:
             for shape in cases:
-                row = Row(shape, dtype, name)
-                _measure(gpu, row, slopes, heads_first, peers, quick, bar)
-                result.rows.append(row)
+                result.rows.append(_measure(gpu, op, shape, dtype, slopes, heads_first, peers, quick, bar))
                 bar.update(1)
-            tiny = gpu.inputs(name, Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim), dtype, np.zeros(1), False)
-            result.host_us[dtype] = gpu.host_us(tiny.call)
+            tiny = Shape(1, 1, 64, cases[0].head_dim, cases[0].v_dim)
+            result.host_us[dtype] = gpu.host_us(_Case(gpu, op, tiny, dtype, np.zeros(1), False).call)
     return result
+
+
+class _Case:
+    """The arrays and the calls of a row."""
+
+    def __init__(self, gpu: Any, op: str, shape: Shape, dtype: str, decay: Array, heads_first: bool) -> None:
+        self.op, self.decay = op, decay
+        if op == "forward":
+            self.x = gpu.inputs(shape, dtype, decay, heads_first)
+            self.call, self.floor = self.x.attend, self.x.stream
+            return
+        self.x = gpu.gradient_inputs(shape, dtype, decay)
+        self.call, self.floor = self.x.gradients, self.x.stream_backward
+        if op == "train":
+            self.call, self.floor = self.x.train(), self.x.stream_training
+
+    def expected(self) -> Any:
+        """Return outputs of windows of the sampled heads, or their gradients, in float64."""
+        x, decay = self.x, self.decay[[head_idx for _, head_idx in self.x.sampled]]
+        q, k, v = (x.sample(array) for array in (x.q, x.k, x.v))
+        if self.op == "forward":
+            return _expected(q, k, v, decay)
+        wanted = ("dq", "dk", "dv")
+        return reference.chunked_backward(x.sample(x.do), q, k, v, slopes=decay, wanted=wanted, dtype=np.float64)[:3]
+
+    def error(self, expected: Any) -> float | None:
+        """Make the call, and return the relative RMS error of its results; None where one has NaN."""
+        if self.op != "forward":
+            return self.error_of(self.call(), expected)
+        self.x.poison()
+        self.call()
+        return None if self.x.is_unwritten() else self.error_of(self.x.o, expected)
+
+    def error_of(self, found: Any, expected: Any) -> float | None:
+        """Return that of a result, or the worst of gradients."""
+        if self.op == "forward":
+            return _error(self.x.sample(found), expected)
+        everything = slice(None)
+        pairs = zip(found[:3], expected, strict=True)
+        errors = [_error(self.x.sample(array), [(everything, exact)]) for array, exact in pairs]
+        return None if None in errors else max(errors)  # type: ignore[type-var]
+
+    def more(self) -> dict[str, Any]:
+        """Return calls that ask for more gradients, by their names."""
+        return {name: (lambda name=name: self.x.gradients(name)) for name in _MORE} if self.op == "backward" else {}
+
+    def calls_of(self, peer: str) -> dict[str, Any]:
+        """Return calls of a peer, by variant."""
+        if self.op == "forward":
+            return _bench_gpu.PEER_CALLS[peer](self.x)
+        functions = _bench_gpu.DIFFERENTIABLE_PEERS[peer](self.x)
+        return {name: self.x.attend_by(function)[self.op == "backward"] for name, function in functions.items()}
 
 
 def _at_most(error: float | None, bound: float) -> bool:
@@ -413,48 +456,52 @@ def _slopes_of(slopes: str | float, num_heads: int) -> Array:
 
 
 def _measure(
-    gpu: Any, row: Row, slopes: str | float, heads_first: bool, peers: Sequence[str], quick: bool, bar: Any
-) -> None:
+    gpu: Any,
+    op: str,
+    shape: Shape,
+    dtype: str,
+    slopes: str | float,
+    heads_first: bool,
+    peers: Sequence[str],
+    quick: bool,
+    bar: Any,
+) -> Row:
     """Check the op; where it is right, time it, the floor and the peers."""
-    op, seconds, case = OPS[row.op], _QUICK_SECONDS if quick else _SECONDS, f"{row.shape} {row.dtype}"
-    bar.set_postfix_str(f"{case}: check")
+    row, seconds = Row(shape, dtype, op), _QUICK_SECONDS if quick else _SECONDS
+    bar.set_postfix_str(f"{shape} {dtype}: check")
     try:
-        decay = _slopes_of(slopes, row.shape.num_heads)
-        x = gpu.inputs(row.op, row.shape, row.dtype, decay, heads_first)
-        sampled = (x.sample(getattr(x, name)) for name in op.inputs)
-        expected = op.expected(*sampled, decay[[head_idx for _, head_idx in x.sampled]])
-        found = x.checked()
-        row.error = None if found is None else _error_of(x, found, expected)
-        del found  # its memory
+        case = _Case(gpu, op, shape, dtype, _slopes_of(slopes, shape.num_heads), heads_first)
+        expected = case.expected()
+        row.error = case.error(expected)
         if not row.passed:
-            return
-        row.ours, row.floor = gpu.time(x.call, seconds), gpu.time(x.floor, seconds)
-        row.more = {name: gpu.time(functools.partial(x.call, name), seconds) for name in op.more}
-        row.memory = x.extra_memory() if op.memory else None
+            return row
+        row.ours, row.floor = gpu.time(case.call, seconds), gpu.time(case.floor, seconds)
+        row.more = {name: gpu.time(call, seconds) for name, call in case.more().items()}
+        if op != "forward" and gpu.torch is not None:
+            row.memory = case.x.extra_memory(case.call)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error):  # torch's is a RuntimeError
             raise
-        row.error, row.ours, row.floor, row.more = None, None, None, {}
-        row.problems["memory"] = "does not fit in memory"
-        return
+        return Row(shape, dtype, op, problems={"memory": "does not fit in memory"})
     for name in peers:
         tunes = ", which tunes itself for up to a minute" if name == "fla" else ""
-        bar.set_postfix_str(f"{case}: {name}{tunes}")
-        _measure_peer(gpu, name, x, expected, seconds, row)
+        bar.set_postfix_str(f"{shape} {dtype}: {name}{tunes}")
+        _measure_peer(gpu, name, case, expected, seconds, row)
+    return row
 
 
-def _measure_peer(gpu: Any, name: str, x: Any, expected: Expected, seconds: float, row: Row) -> None:
+def _measure_peer(gpu: Any, name: str, case: _Case, expected: Any, seconds: float, row: Row) -> None:
     """Add the times of a peer's variants to the row, and that of the best as the peer's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # why there is no time is in an exception
         try:
-            calls = _bench_gpu.PEER_CALLS[name](x)
+            calls = case.calls_of(name)
         except Exception as error:  # other packages raise what they like
             row.problems[name] = _bench_gpu.in_a_line(error)
             return
         for variant, call in calls.items():
             try:
-                row.peer_errors[variant] = _error_of(x, call(), expected)
+                row.peer_errors[variant] = case.error_of(call(), expected)
                 row.peers[variant] = gpu.time(call, seconds)
             except Exception as error:
                 row.problems[variant] = _bench_gpu.in_a_line(error)
@@ -465,108 +512,33 @@ def _measure_peer(gpu: Any, name: str, x: Any, expected: Expected, seconds: floa
         row.peers[name], row.peer_errors[name] = row.peers[best], row.peer_errors[best]
 
 
-def _windows(seqlen: int) -> list[slice]:
-    """Return what is checked of a sequence: all of it, or where that is much, its start, middle and end."""
-    if seqlen < 4 * _WINDOW:  # or they might overlap
-        return [slice(0, seqlen)]
-    return [slice(start, start + _WINDOW) for start in (0, seqlen // 2, seqlen - _WINDOW)]
+def _expected(q: Array, k: Array, v: Array, slopes: Array) -> list[tuple[slice, Array]]:
+    """Return outputs in float64, ``[tokens, heads, V]``: of all tokens, or where they are many, of windows.
 
-
-def _carried(state: Array, k: Array, v: Array, slopes: Array, num_decays: Array) -> Array:
-    """Carry a state over tokens in closed form, one product; ``k v^T`` of a token has decayed so many times then."""
-    decay = np.exp(-np.multiply.outer(num_decays, slopes))[..., None]
-    update: Array = (decay * k).transpose(1, 2, 0) @ v.swapaxes(0, 1)
-    update += np.exp(-slopes * len(k))[:, None, None] * state
-    return update
-
-
-def _expected_output(q: Array, k: Array, v: Array, slopes: Array) -> Expected:
-    """Return outputs in float64, ``[tokens, heads, V]``."""
-    expected: Expected = []
-    state, position = np.zeros((*q.shape[1:], v.shape[2])), 0
-    for window in _windows(len(q)):
+    From window to window the state is carried by its closed form, one product.
+    """
+    seqlen, num_heads, head_dim = q.shape
+    windows = [slice(0, seqlen)]
+    if seqlen > 3 * _WINDOW:
+        windows = [slice(start, start + _WINDOW) for start in (0, seqlen // 2, seqlen - _WINDOW)]
+    state, position, expected = np.zeros((num_heads, head_dim, v.shape[-1])), 0, []
+    for window in windows:
         between = slice(position, window.start)
-        state = _carried(state, k[between], v[between], slopes, np.arange(window.start - position)[::-1])
+        num_tokens = window.start - position
+        decay = np.exp(-np.multiply.outer(np.arange(num_tokens)[::-1], slopes))[..., None]
+        update = (decay * k[between]).transpose(1, 2, 0) @ v[between].swapaxes(0, 1)
+        state = np.exp(-slopes * num_tokens)[:, None, None] * state + update
         o, state = reference.chunked(
             q[window], k[window], v[window], slopes=slopes, initial_state=state, dtype=np.float64
         )
         position = window.stop
-        expected.append((window, (o,)))
+        expected.append((window, o))
     return expected
 
 
-def _expected_gradients(do: Array, q: Array, k: Array, v: Array, slopes: Array) -> Expected:
-    """Return dq, dk and dv likewise: the first follows from the state in front of a window, the others from behind."""
-    expected: Expected = []
-    windows, scale = _windows(len(q)), q.shape[2] ** -0.5
-    state, position, states = np.zeros((*q.shape[1:], v.shape[2])), 0, []
-    for window in windows:
-        between = slice(position, window.start)
-        state = _carried(state, k[between], v[between], slopes, np.arange(window.start - position)[::-1])
-        states.append(state)
-        position = window.start
-    dstate, position = np.zeros_like(state), len(q)
-    for window, state in zip(windows[::-1], states[::-1], strict=True):
-        between = slice(window.stop, position)
-        num_decays = 1 + np.arange(position - window.stop)
-        dstate = _carried(dstate, scale * q[between], do[between], slopes, num_decays)
-        gradients = reference.chunked_backward(
-            *(array[window] for array in (do, q, k, v)),
-            slopes=slopes,
-            initial_state=state,
-            dstate=dstate,
-            wanted=("dq", "dk", "dv", "dinitial_state"),
-            dtype=np.float64,
-        )
-        dstate, position = gradients.dinitial_state, window.start
-        expected.append((window, gradients[:3]))
-    return expected
-
-
-def _error_of(x: Any, found: Any, expected: Expected) -> float | None:
-    """Relative RMS error of what a call gave."""
-    return _error([x.sample(result) for result in x.results(found)], expected)
-
-
-def _error(results: Sequence[Array], expected: Expected) -> float | None:
-    """Relative RMS error over the windows, of the worst result; None where one has NaN."""
-    errors = []
-    for idx, result in enumerate(results):
-        squared_error = sum(float(np.sum((result[window] - exact[idx]) ** 2)) for window, exact in expected)
-        squared_norm = sum(float(np.sum(exact[idx] ** 2)) for _, exact in expected)
-        errors.append((squared_error / squared_norm) ** 0.5)
-    return max(errors) if np.isfinite(errors).all() else None
-
-
-_FORWARD = Op(
-    traffic="read q, k, v and write o",
-    inputs=("q", "k", "v"),
-    expected=_expected_output,
-    bounds=BOUNDS,
-    shapes=DEFAULT_SHAPES,
-    quick_shapes=QUICK_SHAPES,
-    peers=PEERS,
-    quick_peers=_QUICK_PEERS,
-)
-_MEMORY = " memory: peak beyond inputs and gradients, over q, k, v and do."
-_BACKWARD = Op(
-    traffic="read do, q, k, v and write dq, dk, dv",
-    inputs=("do", "q", "k", "v"),
-    expected=_expected_gradients,
-    bounds=GRADIENT_BOUNDS,
-    shapes=GRADIENT_SHAPES,
-    quick_shapes=GRADIENT_SHAPES[:5:2],
-    peers=GRADIENT_PEERS,
-    quick_peers=("sdpa",),
-    more=("dinitial_state", "dslopes"),
-    memory=True,
-    legend=f" dinitial_state (and states given), dslopes: what asking for them adds.{_MEMORY}",
-)
-_TRAIN = dataclasses.replace(
-    _BACKWARD,
-    traffic="read and write what forward and backward must",
-    more=(),
-    needs_torch=True,
-    legend=f" A call: forward and backward through torch.{_MEMORY}",
-)
-OPS = {"forward": _FORWARD, "backward": _BACKWARD, "train": _TRAIN}
+def _error(o: Array, expected: list[tuple[slice, Array]]) -> float | None:
+    """Relative RMS error over the windows; None where there is NaN."""
+    squared_error = sum(float(np.sum((o[window] - wanted) ** 2)) for window, wanted in expected)
+    squared_norm = sum(float(np.sum(wanted**2)) for _, wanted in expected)
+    error = (squared_error / squared_norm) ** 0.5
+    return error if np.isfinite(error) else None
