@@ -49,8 +49,10 @@ def accepted_spills(plan: Plan) -> int:
         return 8 if plan.v_groups == 2 or plan.high else 0
     if isinstance(plan, backward.SlopesPlan):
         return {"float16": 48, "bfloat16": 12, "float64": 16}.get(plan.dtype, 0)
-    # Three blocks an SM leave a thread 80 registers.
-    return 8 if isinstance(plan, forward.ForwardPlan) and plan.dtype == "float32" and plan.in_reverse else 0
+    if isinstance(plan, forward.ForwardPlan) and plan.dtype == "float32":
+        # Three blocks an SM leave a thread 80 registers.
+        return 8 * (plan.in_reverse + (plan.compute_capability == 120))
+    return 0
 
 
 def arch_of(plan: Plan) -> int:
