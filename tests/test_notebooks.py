@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -81,9 +80,7 @@ def test_all_notebooks_are_found():
 def test_notebook_runs(path, execute):
     if "torch" in path.stem:
         pytest.importorskip("torch", reason="torch is not installed")
-    start = time.perf_counter()
     notebook = execute(path)
-    assert time.perf_counter() - start < 120
     assert num_images(notebook) >= 1
     assert "Warning" not in stderr(notebook)
 
