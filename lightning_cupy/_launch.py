@@ -8,11 +8,12 @@ import dataclasses
 import itertools
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from . import _arrays, _compile
 
 _WORD_BYTES = 8
+_MAX_GRID_X = 2**31 - 1
 
 # In place of a pointer: a number that, with the 2^32 behind it, no other launch gets. Memory that was never written
 # may hold anything, but hardly one of a range that starts at random.
@@ -54,6 +55,40 @@ class Launch:
     def kernel(self) -> _compile.Wanted:
         """What to compile and load."""
         return self.file, self.name, self.constants, self.smem_bytes
+
+
+class Plan(Protocol):
+    """What a launch takes from a plan."""
+
+    @property
+    def file(self) -> str:
+        """Name in kernels_cu."""
+
+    @property
+    def constants(self) -> _compile.Constants:
+        """Compile-time constants."""
+
+    @property
+    def num_threads(self) -> int:
+        """Of a block."""
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory."""
+
+
+def launch(plan: Plan, name: str, num_blocks: int, arguments: Arguments) -> Launch:
+    """Return a launch of so many blocks, in one dimension as far as a grid goes, then in two."""
+    grid_x = min(num_blocks, _MAX_GRID_X)
+    return Launch(
+        plan.file,
+        name,
+        plan.constants,
+        grid=(grid_x, -(-num_blocks // grid_x), 1),
+        block=(plan.num_threads, 1, 1),
+        smem_bytes=plan.smem_bytes,
+        arguments=arguments,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Launches of the backward pass: kernels_cu/forward*.cu and scan.cu, and backward.cu for the slopes.
 
-With ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)``, the cotangent of the state S_t, and that of the final state in
+With ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)``, the gradient of the state S_t, and that of the final state in
 place of what is behind the last token::
 
     dq_t = scale S_t do_t          attention over (do, v, k), with the initial state transposed
@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from . import _arrays, _compile, forward, forward_sm90
 from ._arrays import View
-from ._launch import Arguments, Buffer, Launch, Program, Steps
+from ._launch import Arguments, Buffer, Launch, Program, Steps, launch
 from .forward import Dtype, Layout
 
 # Arrays of a call, by the names that pointers in arguments have; `Program.run` takes them in this order.
@@ -59,54 +59,34 @@ _STATES = {"segment_states": _Attention("q", "k", "v", "initial_state"), "segmen
 class Problem:
     """All that a call's launches depend on: everything but pointers and stream."""
 
-    compute_capability: int
-    num_sms: int
-    dtype: Dtype
-    batch: int
-    seqlen: int
-    num_heads: int
-    qk_dim: int
-    v_dim: int
-    do: Layout
-    q: Layout
-    k: Layout
-    v: Layout
-    scale: float
-    causal: bool = True
-    slope: float = 0.0  # of all heads, where `slopes` is None
-    slopes: tuple[str, int] | None = None  # dtype and stride of [num_heads] on the device
-    initial_strides: tuple[int, ...] | None = None  # of [batch, num_heads, qk_dim, v_dim]; None is no initial state
-    dstate_strides: tuple[int, ...] | None = None  # likewise
+    of: forward.Problem  # of which these are gradients, with do in the place of o
+    dstate_strides: tuple[int, ...] | None = None  # of [batch, num_heads, qk_dim, v_dim]; None is zeros
     wanted: tuple[str, ...] = ("dq", "dk", "dv")
 
+    def layout(self, name: str) -> Layout:
+        """Return where the elements of do, q, k or v are."""
+        found: Layout = getattr(self.of, "o" if name == "do" else name)
+        return found
+
     def width(self, name: str) -> int:
-        """Return the last axis of an array."""
-        return self.qk_dim if name in ("q", "k") else self.v_dim
+        """Return the last axis of one of them."""
+        return self.of.qk_dim if name in ("q", "k") else self.of.v_dim
 
     def attention(self, this: _Attention, *, return_state: bool = False) -> forward.Problem:
         """Return the problem of an attention over some of the arrays."""
-        strides = self.initial_strides if this.state == "initial_state" else self.dstate_strides
+        strides = self.of.initial_strides if this.state == "initial_state" else self.dstate_strides
         if strides is not None and this.state_is_transposed:
             *outer, rows, columns = strides
             strides = (*outer, columns, rows)
         v_dim = self.width(this.v)
-        return forward.Problem(
-            compute_capability=self.compute_capability,
-            num_sms=self.num_sms,
-            dtype=self.dtype,
-            batch=self.batch,
-            seqlen=self.seqlen,
-            num_heads=self.num_heads,
+        return dataclasses.replace(
+            self.of,
             qk_dim=self.width(this.q),
             v_dim=v_dim,
-            o=forward.contiguous(self.batch, self.seqlen, self.num_heads, v_dim),
-            q=getattr(self, this.q),
-            k=getattr(self, this.k),
-            v=getattr(self, this.v),
-            scale=self.scale,
-            causal=self.causal,
-            slope=self.slope,
-            slopes=self.slopes,
+            o=forward.contiguous(self.of.batch, self.of.seqlen, self.of.num_heads, v_dim),
+            q=self.layout(this.q),
+            k=self.layout(this.k),
+            v=self.layout(this.v),
             initial_strides=strides,
             return_state=return_state,
             in_reverse=this.in_reverse,
@@ -121,7 +101,8 @@ def steps_for(problem: Problem) -> Steps:
         if gradient in problem.wanted or return_state:
             attentions[gradient] = problem.attention(this, return_state=return_state)
     parts = []
-    has_heads = problem.batch * problem.num_heads > 0
+    of = problem.of
+    has_heads = of.batch * of.num_heads > 0
     if has_heads and {"dk", "dv"} <= attentions.keys() and forward_sm90.is_pair(attentions["dk"], attentions["dv"]):
         # Both read q and do, at the same time.
         names = _names("dk") | {f"second_{name}": array for name, array in _names("dv").items()}
@@ -130,9 +111,8 @@ def steps_for(problem: Problem) -> Steps:
     for gradient, attention in attentions.items():
         parts.append(_renamed(forward.steps_for(attention), _names(gradient), gradient))
     if "dv" not in problem.wanted and "dinitial_state" in problem.wanted:
-        shape = (problem.batch, problem.seqlen, problem.num_heads, problem.v_dim)
-        parts.append(Steps((), (Buffer("dv", shape, problem.dtype),)))
-    if "dslopes" in problem.wanted and problem.num_heads > 0:
+        parts.append(Steps((), (Buffer("dv", (of.batch, of.seqlen, of.num_heads, of.v_dim), of.dtype),)))
+    if "dslopes" in problem.wanted and of.num_heads > 0:
         parts.append(_slope_steps(problem))
     return _in_turn(parts)
 
@@ -249,13 +229,14 @@ _ARGS = np.dtype(
 
 def _slope_steps(problem: Problem) -> Steps:
     """Return the launches for dslopes; where the sequence is cut, behind those for states at the cuts."""
-    plan = slopes_plan_for(problem.dtype, problem.qk_dim, problem.compute_capability)
-    states_plan = forward.plan_for(problem.dtype, problem.qk_dim, problem.compute_capability, outputs=False)
-    num_chunks = -(-problem.seqlen // states_plan.chunk)
-    num_tiles = -(-problem.qk_dim // plan.qk_block) * -(-problem.v_dim // plan.v_block)
-    num_rows = problem.batch * problem.num_heads * num_tiles
+    of = problem.of
+    plan = slopes_plan_for(of.dtype, of.qk_dim, of.compute_capability)
+    states_plan = forward.plan_for(of.dtype, of.qk_dim, of.compute_capability, outputs=False)
+    num_chunks = -(-of.seqlen // states_plan.chunk)
+    num_tiles = -(-of.qk_dim // plan.qk_block) * -(-of.v_dim // plan.v_block)
+    num_rows = of.batch * of.num_heads * num_tiles
     # A cut costs another pass. Where each SM has a block already, a second for each does not make up for that.
-    num_slots = problem.num_sms if num_rows > problem.num_sms // 2 else 2 * problem.num_sms
+    num_slots = of.num_sms if num_rows > of.num_sms // 2 else 2 * of.num_sms
     num_segments = forward.num_segments_for(num_rows, num_chunks, num_slots) if num_rows and num_chunks else 1
 
     scans = []
@@ -269,51 +250,47 @@ def _slope_steps(problem: Problem) -> Steps:
 
     args = np.zeros(1, _ARGS)
     for field, name in inputs.items():
-        layout, sizes = getattr(problem, name), (problem.batch, problem.seqlen, problem.num_heads, problem.width(name))
+        layout, sizes = problem.layout(name), (of.batch, of.seqlen, of.num_heads, problem.width(name))
         args[f"{field}_strides"] = layout.strides
-        args[f"{field}_vectorized"] = forward.is_vectorizable(layout, sizes, _arrays.ITEMSIZES[problem.dtype])
+        args[f"{field}_vectorized"] = forward.is_vectorizable(layout, sizes, _arrays.ITEMSIZES[of.dtype])
     for name, field, strides in (
-        ("initial_state", "initial_strides", problem.initial_strides),
+        ("initial_state", "initial_strides", of.initial_strides),
         ("dstate", "dstate_strides", problem.dstate_strides),
     ):
         if strides is not None:
             pointers[name], args[field] = name, strides
-    if problem.slopes is not None:
-        slopes_dtype, args["slopes_stride"] = problem.slopes
+    if of.slopes is not None:
+        slopes_dtype, args["slopes_stride"] = of.slopes
         pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
     else:
-        args["slope"] = problem.slope
-    args["batch"], args["seqlen"], args["num_heads"] = problem.batch, problem.seqlen, problem.num_heads
+        args["slope"] = of.slope
+    args["batch"], args["seqlen"], args["num_heads"] = of.batch, of.seqlen, of.num_heads
     args["segment_length"] = -(-num_chunks // num_segments) * states_plan.chunk
-    args["scale"], args["qk_dim"], args["v_dim"] = problem.scale, problem.qk_dim, problem.v_dim
+    args["scale"], args["qk_dim"], args["v_dim"] = of.scale, of.qk_dim, of.v_dim
     args["num_v_blocks"], args["num_segments"] = num_tiles, num_segments
     assert _ARGS.fields is not None
     arguments = Arguments(args.tobytes(), tuple((_ARGS.fields[field][1], array) for field, array in pointers.items()))
 
     def launched(name: str, num_blocks: int) -> Steps:
-        return Steps((forward.launch(plan, name, num_blocks, arguments),))
+        return Steps((launch(plan, name, num_blocks, arguments),))
 
     parts = []
     if num_segments > 1:
         parts += [launched("slope_states", num_rows * num_segments), *scans]
     if num_rows:
         parts.append(launched("slope_partials", num_rows * num_segments))
-    parts.append(launched("sum_partials", -(-problem.num_heads * 32 // plan.num_threads)))
+    parts.append(launched("sum_partials", -(-of.num_heads * 32 // plan.num_threads)))
     return _in_turn([Steps((), (partials,)), *parts])
 
 
 def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:
     """Return the kernels of gradients of calls on contiguous arrays, where dk and dv are both wanted."""
-    compute_capability, num_sms = forward.device_properties(device_id)
+    _, num_sms = forward.device_properties(device_id)
     found: dict[_compile.Wanted, None] = {}
     wanted = ("dq", "dk", "dv", "dinitial_state") + ("dslopes",) * causal
     for seqlen, num_heads in forward.sample_sizes(num_sms):
-        q, v = (forward.contiguous(1, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
-        sizes = (dtype, 1, seqlen, num_heads, qk_dim, v_dim)
-        problem = Problem(
-            compute_capability, num_sms, *sizes, do=v, q=q, k=q, v=v, scale=1.0, causal=causal, wanted=wanted
-        )
-        found |= {launch.kernel: None for launch in steps_for(problem).launches}
+        of = forward.contiguous_problem(device_id, dtype, 1, seqlen, num_heads, qk_dim, v_dim, causal=causal)
+        found |= {launch.kernel: None for launch in steps_for(Problem(of, wanted=wanted)).launches}
     return list(found)
 
 
@@ -348,28 +325,7 @@ def backward(
         What the program is to allocate and give back, contiguous: those of `RESULTS` that are wanted, in that order.
         Leading axes of one may be left out.
     """
-    assert q.device is not None
-    compute_capability, num_sms = forward.device_properties(q.device)
-    batch, seqlen, num_heads, qk_dim = q.shape
-    problem = Problem(
-        compute_capability,
-        num_sms,
-        cast(Dtype, q.dtype),
-        batch,
-        seqlen,
-        num_heads,
-        qk_dim,
-        v.shape[-1],
-        do=Layout.of(do),
-        q=Layout.of(q),
-        k=Layout.of(k),
-        v=Layout.of(v),
-        scale=scale,
-        causal=causal,
-        slope=0.0 if isinstance(slopes, View) else slopes,
-        slopes=(slopes.dtype, slopes.strides[0]) if isinstance(slopes, View) else None,
-        initial_strides=initial_state.strides if initial_state is not None else None,
-        dstate_strides=dstate.strides if dstate is not None else None,
-        wanted=tuple(result.name for result in results),
-    )
+    of = forward.problem_of(do, q, k, v, slopes, scale, causal, initial_state)
+    dstate_strides = dstate.strides if dstate is not None else None
+    problem = Problem(of, dstate_strides, wanted=tuple(result.name for result in results))
     return Program(steps_for(problem), ARRAYS, results, q)

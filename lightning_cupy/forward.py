@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
 from . import _arrays, _compile, forward_sm90
 from ._arrays import View
 from ._environment import MIN_COMPUTE_CAPABILITY
-from ._launch import Arguments, Buffer, Launch, Program, Steps
+from ._launch import Arguments, Buffer, Program, Steps, launch
 
 _KIB = 1024
 # Shared memory, in KiB, that a block may have and that an SM has, by compute capability (CUDA C++ Programming
@@ -32,7 +32,6 @@ _SMEM_KIB_ELSE = (99, 100)
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 
 _QK_DIMS = (32, 64, 96, 128, 192, 256)
-_MAX_GRID_X = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,40 +365,6 @@ def portable_steps(problem: Problem, num_segments: int | None = None) -> Steps:
     return Steps(tuple(launches), tuple(buffers))
 
 
-class Plan(Protocol):
-    """What a launch takes from a plan."""
-
-    @property
-    def file(self) -> str:
-        """Name in kernels_cu."""
-
-    @property
-    def constants(self) -> _compile.Constants:
-        """Compile-time constants."""
-
-    @property
-    def num_threads(self) -> int:
-        """Of a block."""
-
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory."""
-
-
-def launch(plan: Plan, name: str, num_blocks: int, arguments: Arguments) -> Launch:
-    """Return a launch of so many blocks, in one dimension as far as a grid goes, then in two."""
-    grid_x = min(num_blocks, _MAX_GRID_X)
-    return Launch(
-        plan.file,
-        name,
-        plan.constants,
-        grid=(grid_x, -(-num_blocks // grid_x), 1),
-        block=(plan.num_threads, 1, 1),
-        smem_bytes=plan.smem_bytes,
-        arguments=arguments,
-    )
-
-
 @functools.cache
 def device_properties(device_id: int) -> tuple[int, int]:
     """Compute capability, and number of SMs."""
@@ -443,6 +408,44 @@ def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_i
     return list(found)
 
 
+def problem_of(
+    o: View | None,
+    q: View,
+    k: View,
+    v: View,
+    slopes: float | View,
+    scale: float,
+    causal: bool,
+    initial_state: View | None,
+    **options: Any,
+) -> Problem:
+    """Return the problem of such arrays; arguments as of `forward`, `options` are other fields of it."""
+    assert q.device is not None
+    compute_capability, num_sms = device_properties(q.device)
+    batch, seqlen, num_heads, qk_dim = q.shape
+    v_dim = v.shape[-1]
+    return Problem(
+        compute_capability,
+        num_sms,
+        cast(Dtype, q.dtype),
+        batch,
+        seqlen,
+        num_heads,
+        qk_dim,
+        v_dim,
+        o=Layout.of(o) if o is not None else contiguous(batch, seqlen, num_heads, v_dim),
+        q=Layout.of(q),
+        k=Layout.of(k),
+        v=Layout.of(v),
+        scale=scale,
+        causal=causal,
+        slope=0.0 if isinstance(slopes, View) else slopes,
+        slopes=(slopes.dtype, slopes.strides[0]) if isinstance(slopes, View) else None,
+        initial_strides=initial_state.strides if initial_state is not None else None,
+        **options,
+    )
+
+
 def forward(
     o: View | None,
     q: View,
@@ -482,29 +485,6 @@ def forward(
     ValueError
         When no kernel does that for such arrays.
     """
-    assert q.device is not None
-    batch, seqlen, num_heads, qk_dim = q.shape
-    v_dim = v.shape[-1]
-    compute_capability, num_sms = device_properties(q.device)
-    problem = Problem(
-        compute_capability,
-        num_sms,
-        cast(Dtype, q.dtype),
-        batch,
-        seqlen,
-        num_heads,
-        qk_dim,
-        v_dim,
-        o=Layout.of(o) if o is not None else contiguous(batch, seqlen, num_heads, v_dim),
-        q=Layout.of(q),
-        k=Layout.of(k),
-        v=Layout.of(v),
-        scale=scale,
-        causal=causal,
-        slope=0.0 if isinstance(slopes, View) else slopes,
-        slopes=(slopes.dtype, slopes.strides[0]) if isinstance(slopes, View) else None,
-        initial_strides=initial_state.strides if initial_state is not None else None,
-        return_state=any(result.name == "final_state" for result in results),
-        high=high,
-    )
+    return_state = any(result.name == "final_state" for result in results)
+    problem = problem_of(o, q, k, v, slopes, scale, causal, initial_state, return_state=return_state, high=high)
     return Program(steps_for(problem), ARRAYS, results, q)

@@ -435,13 +435,10 @@ def test_steps_of_float32(play, num_heads, v_dim, v_groups):
     assert described["dtype"] == 7  # CU_TENSOR_MAP_DATA_TYPE_FLOAT32
 
 
-def gradients_of(batch, num_heads, seqlen, qk_dim, v_dim=None, **options):
+def gradients_of(*sizes, dstate_strides=None, wanted=("dq", "dk", "dv"), do=None, **options):
     """A problem of the backward over contiguous arrays."""
-    v_dim = v_dim or qk_dim
-    q, v = (forward.contiguous(batch, seqlen, num_heads, dim) for dim in (qk_dim, v_dim))
-    options = {"dtype": "bfloat16", "scale": 0.25, "do": v} | options
-    sizes = {"batch": batch, "seqlen": seqlen, "num_heads": num_heads, "qk_dim": qk_dim, "v_dim": v_dim}
-    return backward.Problem(compute_capability=90, num_sms=NUM_SMS, **sizes, q=q, k=q, v=v, **options)
+    of = problem_of(*sizes, **options) if do is None else problem_of(*sizes, o=do, **options)
+    return backward.Problem(of, dstate_strides, wanted)
 
 
 def test_gradients_are_attentions(play):
