@@ -100,9 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_backend(sub)
 
     sub = add("bench", _bench, "time an op on the GPU beside the floor that memory sets and beside other packages")
-    sub.add_argument(
-        *("op",), nargs="?", choices=["forward", "backward", "train"], default="forward", help="default: forward"
-    )
+    ops = ["forward", "backward", "train"]
+    sub.add_argument("op", nargs="?", choices=ops, default="forward", help="default: forward")
     sub.add_argument(
         "--shapes",
         nargs="+",

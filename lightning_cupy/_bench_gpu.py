@@ -184,22 +184,29 @@ class GradientInputs(Inputs):
         self.gpu.launch("stream", _num_blocks(max(num_qk, num_v)), *arrays, np.int64(num_qk), np.int64(num_v))
         self.stream_backward()
 
-    def attend_by(self, function: Callable[..., Any]) -> tuple[Call, Call]:
-        """Return a training step through torch, and its backward alone, both giving gradients of q, k and v."""
-        torch = self.torch
-        leaves = [tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v)]
+    def _leaves(self) -> list[Any]:
+        return [tensor.detach().requires_grad_() for tensor in (self.q, self.k, self.v)]
+
+    def step_of(self, function: Callable[..., Any]) -> Call:
+        """Return a training step through torch: a function of q, k and v, and its backward."""
+        torch, leaves = self.torch, self._leaves()
 
         def step() -> Any:
             with torch.enable_grad():
                 return torch.autograd.grad(function(*leaves), leaves, self.do)
 
+        return step
+
+    def backward_of(self, function: Callable[..., Any]) -> Call:
+        """Return its backward alone, of a forward that is made now."""
+        torch, leaves = self.torch, self._leaves()
         with torch.enable_grad():
             o = function(*leaves)
-        return step, lambda: torch.autograd.grad(o, leaves, self.do, retain_graph=True)
+        return lambda: torch.autograd.grad(o, leaves, self.do, retain_graph=True)
 
     def train(self) -> Call:
         """Return a step of ours."""
-        return self.attend_by(lambda q, k, v: lightning_attention(q, k, v, slopes=self.slopes))[0]
+        return self.step_of(lambda q, k, v: lightning_attention(q, k, v, slopes=self.slopes))
 
     def extra_memory(self, call: Call) -> float:
         """Bytes that a call takes for a while beyond its results, over those of q, k, v and do."""

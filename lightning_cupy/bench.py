@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib
 import json
 import warnings
@@ -339,6 +340,7 @@ def train(
     TypeError, ValueError, RuntimeError
         As `forward` does, and where torch is not installed.
     """
+    _environment.require_cuda("bench train")
     problem = _bench_gpu.why_missing("sdpa")
     if problem is not None:
         raise RuntimeError(f"bench train {problem}; run: pip install torch")
@@ -440,11 +442,12 @@ class _Case:
         return {name: (lambda name=name: self.x.gradients(name)) for name in _MORE} if self.op == "backward" else {}
 
     def calls_of(self, peer: str) -> dict[str, Any]:
-        """Return calls of a peer, by variant."""
+        """Return what makes the calls of a peer, by variant: one of them may raise even then."""
         if self.op == "forward":
-            return _bench_gpu.PEER_CALLS[peer](self.x)
+            return {name: (lambda call=call: call) for name, call in _bench_gpu.PEER_CALLS[peer](self.x).items()}
+        make = self.x.backward_of if self.op == "backward" else self.x.step_of
         functions = _bench_gpu.DIFFERENTIABLE_PEERS[peer](self.x)
-        return {name: self.x.attend_by(function)[self.op == "backward"] for name, function in functions.items()}
+        return {name: functools.partial(make, function) for name, function in functions.items()}
 
 
 def _at_most(error: float | None, bound: float) -> bool:
@@ -499,8 +502,9 @@ def _measure_peer(gpu: Any, name: str, case: _Case, expected: Any, seconds: floa
         except Exception as error:  # other packages raise what they like
             row.problems[name] = _bench_gpu.in_a_line(error)
             return
-        for variant, call in calls.items():
+        for variant, make_call in calls.items():
             try:
+                call = make_call()
                 row.peer_errors[variant] = case.error_of(call(), expected)
                 row.peers[variant] = gpu.time(call, seconds)
             except Exception as error:
@@ -519,7 +523,7 @@ def _expected(q: Array, k: Array, v: Array, slopes: Array) -> list[tuple[slice, 
     """
     seqlen, num_heads, head_dim = q.shape
     windows = [slice(0, seqlen)]
-    if seqlen > 3 * _WINDOW:
+    if seqlen >= 4 * _WINDOW:  # or they would overlap
         windows = [slice(start, start + _WINDOW) for start in (0, seqlen // 2, seqlen - _WINDOW)]
     state, position, expected = np.zeros((num_heads, head_dim, v.shape[-1])), 0, []
     for window in windows:

@@ -88,8 +88,10 @@ class FakeGradientInputs(FakeInputs):
     def train(self):
         return self.gradients
 
-    def attend_by(self, function):
-        return function, function
+    def step_of(self, function):
+        return function()
+
+    backward_of = step_of
 
     def extra_memory(self, call) -> float:
         return 0.125
@@ -148,9 +150,14 @@ def peers(fake_gpu, monkeypatch):
         "portable": lambda x: {"portable": lambda: right(x)},
     }
     monkeypatch.setattr(_bench_gpu, "PEER_CALLS", calls)
+    # Functions that make calls, in place of functions of q, k and v.
     gradients = {
-        "fla": lambda x: {"fla chunk": lambda: [1.1 * y for y in x.gradients()[:3]], "fla fused_chunk": x.gradients},
-        "sdpa": lambda x: {"sdpa": broken},
+        "fla": lambda x: {
+            "fla chunk": lambda: lambda: [1.1 * y for y in x.gradients()[:3]],
+            "fla fused_chunk": lambda: x.gradients,
+            "fla parallel": broken,
+        },
+        "sdpa": lambda x: {"sdpa": lambda: broken},
     }
     monkeypatch.setattr(_bench_gpu, "DIFFERENTIABLE_PEERS", gradients)
     monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: None)
@@ -338,14 +345,14 @@ def test_result_in_a_notebook(fake_gpu):
     assert table(str(result))[1][0] == "1, 2, 65, 16"
 
 
-@pytest.mark.parametrize("seqlen", [40, 1000])
+@pytest.mark.parametrize("seqlen", [40, 301, 399, 400, 1000])
 def test_expected_outputs_of_windows(monkeypatch, rng, seqlen):
     q, k, v = (rng.standard_normal((seqlen, 2, dim)) for dim in (16, 16, 8))
     monkeypatch.setattr(bench, "_WINDOW", 100)
     whole, _ = reference.recurrent(q, k, v, slopes=[0.01, 0.0], dtype=np.float64)
     expected = bench._expected(q, k, v, np.array([0.01, 0.0]))
     assert [(window.start, window.stop) for window, _ in expected] == (
-        [(0, 40)] if seqlen == 40 else [(0, 100), (500, 600), (900, 1000)]
+        [(0, seqlen)] if seqlen < 400 else [(0, 100), (seqlen // 2, seqlen // 2 + 100), (seqlen - 100, seqlen)]
     )
     assert bench._error(whole, expected) < 1e-12
     assert bench._error(1.01 * whole, expected) == pytest.approx(0.01)
@@ -497,7 +504,9 @@ def test_gradients(peers, capsys, op):
     assert rows[0][5:] == ["50 %", *["+50 %"] * len(more), "12 %", "1.00x", "-", rows[0][-1]]
     content = json.loads(Path("b.json").read_text())
     assert content["op"] == content["rows"][0]["op"] == op
-    assert content["rows"][0]["problems"] == {"sdpa": "NotImplementedError: no such head_dim"}
+    assert content["rows"][0]["problems"] == dict.fromkeys(
+        ["fla parallel", "sdpa"], "NotImplementedError: no such head_dim"
+    )
     assert content["rows"][0]["gb_per_s"] == pytest.approx(shape.num_bytes("float32", op) / 2e6)
 
 
@@ -515,6 +524,26 @@ def test_wrong_gradient_gets_no_speed(fake_gpu, monkeypatch, capsys, which):
     _, *rows = table(capsys.readouterr().out)
     assert rows[0][2:8] == ["-"] * 6
     assert "FAILED, bound 4e-06" in rows[0][-1]
+
+
+def test_training_without_a_gpu_says_so_first(monkeypatch, capsys):
+    monkeypatch.setattr(_environment, "cuda_problem", lambda: "a CUDA device wanted, got none")
+    monkeypatch.setattr(_bench_gpu, "why_missing", lambda _: "needs torch")
+    assert cli.main(["bench", "train"]) == 2
+    assert "bench train: a CUDA device wanted, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["step_of", "backward_of"])
+def test_gradients_through_torch(which):
+    torch = pytest.importorskip("torch")
+    x = types.SimpleNamespace(torch=torch, do=torch.ones(5), **{name: torch.rand(5) for name in "qkv"})
+    x._leaves = functools.partial(_bench_gpu.GradientInputs._leaves, x)
+    with torch.no_grad():  # as where the bench measures
+        call = getattr(_bench_gpu.GradientInputs, which)(x, lambda q, k, v: q * k + 2 * v)
+        for _ in range(2):
+            for gradient, expected in zip(call(), (x.k, x.q, 2 * x.do), strict=True):
+                assert torch.equal(gradient, expected)
+    assert not x.q.requires_grad
 
 
 def test_training_without_torch_says_what_mends_it(fake_gpu, monkeypatch, capsys):

@@ -702,5 +702,4 @@ def test_host_time_of_a_training_step():
     done = subprocess.run([sys.executable, str(script), "train"], capture_output=True, text=True, check=True)
     times = json.loads(done.stdout)
     print(times)
-    # Of 60 us, beside what torch takes for a function that does nothing: its threads wake each other.
-    assert times["forward and backward"] - times["nothing"] <= 60
+    assert times["forward and backward"] <= 60
