@@ -1,4 +1,7 @@
-"""What the bench needs of the GPU: inputs, times on the device alone, and the calls of other packages."""
+"""What the bench needs of the GPU: inputs, times on the device alone, and the calls of other packages.
+
+More than 500 lines, as all that only a GPU can show to be right is kept apart here.
+"""
 
 from __future__ import annotations
 

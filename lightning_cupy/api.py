@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 import numbers
 import sys
@@ -12,9 +10,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from . import _arrays, _calls, _environment, backward, forward, reference
+from . import _arrays, _calls, _environment, _run
 from ._arrays import View
-from ._launch import Buffer, current_device
 from .reference import Gradients
 
 Array = TypeVar("Array")
@@ -23,32 +20,6 @@ Precision = Literal["default", "high"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_HEAD_DIM = 256
-_STATES = ("initial_state", "dstate")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """The checked arguments that are not arrays in q's memory."""
-
-    slopes: float | np.ndarray[Any, Any] | View  # one for all heads, float64 on the host, or on the device
-    scale: float
-    causal: bool
-    return_state: bool
-    high: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _BackwardOptions:
-    """Likewise of the backward pass."""
-
-    slopes: float | np.ndarray[Any, Any] | View
-    scale: float
-    causal: bool
-    wanted: tuple[str, ...]
-
-
-_AnyOptions = TypeVar("_AnyOptions", _Options, _BackwardOptions)
-_AnyCall = TypeVar("_AnyCall", _calls.Call, _calls.BackwardCall)
 
 
 @overload
@@ -241,14 +212,14 @@ def attend(
 
     if signature is not None and not isinstance(decay, View) and _arrays.kind_of(slopes) == views["q"].kind:
         signature = None  # of slopes in host memory it has no values
-    options = _Options(decay, scale, bool(causal), bool(return_state), precision == "high")
+    options = _run.Options(decay, scale, bool(causal), bool(return_state), precision == "high")
     place = _place(views["q"], backend)
     if place == "device":
-        o, state = _on_device(views, options, signature)
+        o, state = _run.on_device(views, options, signature)
     elif place == "through device":
-        o, state = _through_device(views, options)
+        o, state = _run.through_device(views, options)
     else:
-        o, state = _on_host(views, options)
+        o, state = _run.on_host(views, options)
     if out is None:
         result = _arrays.give_back(o, views["q"])
     else:
@@ -343,7 +314,9 @@ def attend_backward(
     _check_backend(backend)
     arrays = {"q": q, "k": k, "v": v, "do": do, "initial_state": initial_state, "dstate": dstate}
     views = {
-        name: _arrays.view(name, array) for name, array in arrays.items() if array is not None or name not in _STATES
+        name: _arrays.view(name, array)
+        for name, array in arrays.items()
+        if array is not None or name not in _run.STATES
     }
     _check_arrays(views)
     decay = _check_slopes(slopes, views["q"], causal)
@@ -351,14 +324,14 @@ def attend_backward(
     names = _check_wanted(wanted, initial_state is not None, slopes is not None, bool(causal))
     if signature is not None and not isinstance(decay, View) and _arrays.kind_of(slopes) == views["q"].kind:
         signature = None  # of slopes in host memory it has no values
-    options = _BackwardOptions(decay, scale, bool(causal), names)
+    options = _run.BackwardOptions(decay, scale, bool(causal), names)
     place = _place(views["q"], backend)
     if place == "device":
-        gradients = _backward_on_device(views, options, signature)
+        gradients = _run.backward_on_device(views, options, signature)
     elif place == "through device":
-        gradients = _backward_through_device(views, options)
+        gradients = _run.backward_through_device(views, options)
     else:
-        gradients = _backward_on_host(views, options)
+        gradients = _run.backward_on_host(views, options)
     return Gradients(*(None if x is None else _arrays.give_back(x, views["q"]) for x in gradients))
 
 
@@ -411,15 +384,15 @@ def _check_arrays(views: dict[str, View]) -> None:
         head_dim = views[name].shape[-1]
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, but got {head_dim}")
-    state_dtype = _state_dtype(q)
+    state_dtype = _run.state_dtype(q)
     for name, array in views.items():
-        wanted = state_dtype if name in _STATES else q.dtype
+        wanted = state_dtype if name in _run.STATES else q.dtype
         if array.dtype != wanted:
             raise TypeError(f"{name} must be {wanted} to go with q's {q.dtype}, but got {array.dtype}")
         if array.device != q.device:
             raise ValueError(f"{name} is on {array.place}, but q is on {q.place}")
-    shape = _state_shape(q, v)
-    for name in _STATES:
+    shape = _run.state_shape(q, v)
+    for name in _run.STATES:
         if name in views and views[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, but got {views[name].shape}")
     if "do" in views and views["do"].shape != v.shape:
@@ -469,7 +442,7 @@ def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any,
         )
     if not causal:
         raise ValueError("slopes must be None with causal=False: decay needs an order of tokens")
-    num_heads = _num_heads(q)
+    num_heads = _run.num_heads_of(q)
     if _arrays.kind_of(slopes) is not None:
         borrowed = _arrays.view("slopes", slopes)
         if borrowed.device is not None:
@@ -493,217 +466,3 @@ def _check_slopes(slopes: Any, q: View, causal: bool) -> float | np.ndarray[Any,
     if not np.isfinite(values).all():
         raise ValueError(f"slopes must be finite, but got {values}")
     return float(values) if values.ndim == 0 else values
-
-
-def _state_shape(q: View, v: View) -> tuple[int, ...]:
-    # The leading axes are those of q without the tokens, [batch] and [num_heads].
-    return (*q.shape[:-3], *q.shape[-2:-1][: len(q.shape) - 2], q.shape[-1], v.shape[-1])
-
-
-def _state_dtype(q: View) -> str:
-    return "float64" if q.dtype == "float64" else "float32"
-
-
-def _num_heads(q: View) -> int:
-    return q.shape[-2] if len(q.shape) > 2 else 1
-
-
-def _four_axes(array: View) -> View:
-    """``[batch, seqlen, num_heads, head_dim]`` of q, k, v or o."""
-    if len(array.shape) == 2:
-        (n, d), (token, dim) = array.shape, array.strides
-        return array.with_axes((1, n, 1, d), (0, token, 0, dim))
-    if len(array.shape) == 3:
-        return array.with_axes((1, *array.shape), (0, *array.strides))
-    return array
-
-
-def _four_axes_of_state(state: View) -> View:
-    missing = 4 - len(state.shape)
-    return state.with_axes((1,) * missing + state.shape, (0,) * missing + state.strides)
-
-
-def _on_device(views: dict[str, View], options: _Options, signature: _calls.Signature | None) -> tuple[Any, Any]:
-    """Return o, which is None where `out` is given, and the state, which is None where it is not returned."""
-    results = _queue(views, options, _resolve, signature)
-    o = results.pop(0) if "out" not in views else None
-    return o, results.pop() if results else None
-
-
-def _backward_on_device(
-    views: dict[str, View], options: _BackwardOptions, signature: _calls.Signature | None
-) -> list[Any]:
-    """Return the fields of the result."""
-    results = iter(_queue(views, options, _resolve_backward, signature))
-    return [next(results) if name in options.wanted else None for name in Gradients._fields]
-
-
-def _queue(
-    views: dict[str, View],
-    options: _AnyOptions,
-    resolve: Callable[[dict[str, View], _AnyOptions], _AnyCall],
-    signature: _calls.Signature | None,
-) -> list[Any]:
-    """Resolve a call on CUDA arrays, queue it, and keep it for later ones; return what it allocated."""
-    q, slopes = views["q"], options.slopes
-    assert q.device is not None
-    stream = _arrays.stream_of(q)
-    if isinstance(slopes, View):
-        views = views | {"slopes": slopes}
-    # Arrays of other libraries than q's are lent to q's stream.
-    views = views | {name: _arrays.lend(name, array, stream) for name, array in views.items() if array.kind != q.kind}
-    borrowed = [array for array in views.values() if array.kind != q.kind or array.kind == "dlpack"]
-    if isinstance(slopes, np.ndarray):
-        views = views | {"slopes": _uploaded_slopes(slopes.tobytes(), q.device)}
-
-    pointers = {"o" if name == "out" else name: array.pointer for name, array in views.items()}
-    with current_device(q.device):
-        call = resolve(views, options)
-        results = call.program.run([pointers.get(name, 0) for name in call.program.arrays], q.owner)
-    if signature is not None:
-        _calls.keep(signature, call)
-    for array in borrowed:
-        _arrays.end_loan(array, stream)
-    return results
-
-
-def _resolve(views: dict[str, View], options: _Options) -> _calls.Call:
-    """Compile and load what the call needs, and note what later calls like it must know."""
-    from cupy.cuda import driver
-
-    q, v, slopes = views["q"], views["v"], options.slopes
-    results = [] if "out" in views else [Buffer("o", v.shape, q.dtype)]
-    if options.return_state:
-        results.append(Buffer("final_state", _state_shape(q, v), _state_dtype(q)))
-    program = forward.forward(
-        _four_axes(views["out"]) if "out" in views else None,
-        _four_axes(q),
-        _four_axes(views["k"]),
-        _four_axes(v),
-        slopes=slopes if isinstance(slopes, float) else views["slopes"],
-        scale=options.scale,
-        causal=options.causal,
-        initial_state=_four_axes_of_state(views["initial_state"]) if "initial_state" in views else None,
-        results=results,
-        high=options.high,
-    )
-    inputs = [(idx, views[name]) for idx, name in enumerate(forward.ARRAYS) if name in views] if "out" in views else []
-    return _calls.Call(
-        program,
-        options.return_state,
-        slopes=views["slopes"].pointer if isinstance(slopes, np.ndarray) else 0,
-        reach_of_out=views["out"].reach if "out" in views else None,
-        reaches=tuple((idx, *array.reach) for idx, array in inputs),
-        note_write=_arrays.library_of(q).note_write,
-        current_context=driver.ctxGetCurrent,
-    )
-
-
-def _resolve_backward(views: dict[str, View], options: _BackwardOptions) -> _calls.BackwardCall:
-    """Likewise for the backward pass."""
-    from cupy.cuda import driver
-
-    q, v, slopes = views["q"], views["v"], options.slopes
-    facts = {
-        "dq": (q.shape, q.dtype),
-        "dk": (q.shape, q.dtype),
-        "dv": (v.shape, q.dtype),
-        "dinitial_state": (_state_shape(q, v), _state_dtype(q)),
-        "dslopes": ((_num_heads(q),), _state_dtype(q)),
-    }
-    initial_state, dstate = (_four_axes_of_state(views[name]) if name in views else None for name in _STATES)
-    program = backward.backward(
-        _four_axes(views["do"]),
-        _four_axes(q),
-        _four_axes(views["k"]),
-        _four_axes(v),
-        slopes=slopes if isinstance(slopes, float) else views["slopes"],
-        scale=options.scale,
-        causal=options.causal,
-        initial_state=initial_state,
-        dstate=dstate,
-        results=[Buffer(name, *facts[name]) for name in options.wanted],
-    )
-    return _calls.BackwardCall(
-        program,
-        wanted=tuple(name in options.wanted for name in Gradients._fields),
-        slopes=views["slopes"].pointer if isinstance(slopes, np.ndarray) else 0,
-        current_context=driver.ctxGetCurrent,
-    )
-
-
-@functools.cache
-def _uploaded_slopes(values: bytes, device_id: int) -> View:
-    """Slopes on the device, float64. Kept for good: captured graphs and other streams may still read them."""
-    import cupy
-
-    # A stream of its own: the copy waits for none of the caller's work, and is complete for every stream.
-    with cupy.cuda.Device(device_id), cupy.cuda.Stream(non_blocking=True) as stream:
-        slopes = cupy.asarray(np.frombuffer(values, np.float64))
-        stream.synchronize()
-    return _arrays.view("slopes", slopes)
-
-
-def _through_device(views: dict[str, View], options: _Options) -> tuple[Any, Any]:
-    """Copy host arrays to the current CUDA device, compute, and copy the results back."""
-    inputs = {name: _uploaded(array) for name, array in views.items() if name != "out"}
-    o, state = _on_device(inputs, options, signature=None)
-    return _downloaded(o, views["q"], views.get("out")), _downloaded(state, views["q"])
-
-
-def _backward_through_device(views: dict[str, View], options: _BackwardOptions) -> list[Any]:
-    inputs = {name: _uploaded(array) for name, array in views.items()}
-    return [_downloaded(x, views["q"]) for x in _backward_on_device(inputs, options, signature=None)]
-
-
-def _uploaded(array: View) -> View:
-    import cupy
-
-    # Bytes travel as they are, so no dtype of NumPy's is unknown to CuPy.
-    contiguous = np.ascontiguousarray(_arrays.as_numpy(array), _arrays.dtype_of(array.dtype))
-    return _arrays.view("array", cupy.asarray(contiguous.view(f"u{array.itemsize}")).view(contiguous.dtype))
-
-
-def _downloaded(result: Any, like: View, target: View | None = None) -> Any:
-    """Copy a result, if it is one, to host memory of the library of `like`."""
-    import cupy
-
-    return None if result is None else _copied(cupy.asnumpy(result), like, target)
-
-
-def _copied(result: np.ndarray[Any, Any], like: View, target: View | None = None) -> Any:
-    target = target or _arrays.empty(like, result.shape, result.dtype.name)
-    _arrays.as_numpy(target)[...] = result
-    return target.owner
-
-
-def _on_host(views: dict[str, View], options: _Options) -> tuple[Any, Any]:
-    q, k, v = views["q"], views["k"], views["v"]
-    assert not isinstance(options.slopes, View)
-    o = views["out"] if "out" in views else _arrays.empty(q, v.shape, q.dtype)
-    _, final_state = reference.chunked(
-        _arrays.as_numpy(q),
-        _arrays.as_numpy(k),
-        _arrays.as_numpy(v),
-        _arrays.as_numpy(o),
-        slopes=options.slopes,
-        scale=options.scale,
-        causal=options.causal,
-        initial_state=_arrays.as_numpy(views["initial_state"]) if "initial_state" in views else None,
-    )
-    return o.owner, _copied(final_state, q) if options.return_state else None
-
-
-def _backward_on_host(views: dict[str, View], options: _BackwardOptions) -> list[Any]:
-    assert not isinstance(options.slopes, View)
-    arrays = {name: _arrays.as_numpy(array) for name, array in views.items()}
-    gradients = reference.chunked_backward(
-        *(arrays[name] for name in ("do", "q", "k", "v")),
-        initial_state=arrays.get("initial_state"),
-        dstate=arrays.get("dstate"),
-        slopes=options.slopes,
-        scale=options.scale,
-        causal=options.causal,
-        wanted=options.wanted,
-    )
-    return [None if x is None else _copied(x, views["q"]) for x in gradients]

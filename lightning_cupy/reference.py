@@ -16,6 +16,8 @@ Gradients, with ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)`` that of S_t::
     dslope = - sum over t of exp(-slope) <G_t, S_(t-1)>
 
 so that dq, dk and dv are functions of the same form, dk and dv from the last token to the first.
+
+More than 500 lines, as what the tests trust is one file without imports of its own, half of it what each form takes.
 """
 
 from __future__ import annotations

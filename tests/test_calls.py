@@ -16,7 +16,7 @@ import pytest
 from conftest import BOUNDS, STATE_BOUNDS, relative_rms
 from fake_gpu import FakeGpu, to_numpy
 
-from lightning_cupy import _arrays, _bench_gpu, _calls, _launch, api, forward, lightning_attention, reference
+from lightning_cupy import _arrays, _bench_gpu, _calls, _launch, _run, forward, lightning_attention, reference
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
@@ -32,7 +32,7 @@ def gpu(monkeypatch):
     uploaded = {}
     # Of the same values the same array, kept, as the real one does.
     monkeypatch.setattr(
-        api,
+        _run,
         "_uploaded_slopes",
         lambda values, _: _arrays.view("slopes", uploaded.setdefault(values, gpu.array(np.frombuffer(values)))),
     )

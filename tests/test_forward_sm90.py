@@ -1,6 +1,7 @@
 """Which calls the Hopper kernels take, how they are spread over blocks, and what is handed to them.
 
 No GPU is needed: the driver's one function is played by an object that writes what it got into the descriptor.
+More than 500 lines, as gradients are handed to the same kernels, and are read back by the same helpers.
 """
 
 from __future__ import annotations

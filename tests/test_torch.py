@@ -1,4 +1,7 @@
-"""Gradients, autocast, torch.compile and the layer: what torch has a say in, on the CPU and on a GPU."""
+"""Gradients, autocast, torch.compile and the layer: what torch has a say in, on the CPU and on a GPU.
+
+More than 500 lines, as each is tried with each, on the same tensors.
+"""
 
 from __future__ import annotations
 
