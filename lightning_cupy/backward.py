@@ -76,9 +76,8 @@ class Problem:
     def attention(self, this: _Attention, *, return_state: bool = False) -> forward.Problem:
         """Return the problem of an attention over some of the arrays."""
         strides = self.of.initial_strides if this.state == "initial_state" else self.dstate_strides
-        if strides is not None and this.state_is_transposed:
-            *outer, rows, columns = strides
-            strides = (*outer, columns, rows)
+        if this.state_is_transposed:
+            strides = _transposed(strides)
         v_dim = self.width(this.v)
         return dataclasses.replace(
             self.of,
@@ -92,6 +91,10 @@ class Problem:
             return_state=return_state,
             in_reverse=this.in_reverse,
         )
+
+
+def _transposed(strides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return strides if strides is None else (*strides[:-2], strides[-1], strides[-2])
 
 
 def steps_for(problem: Problem) -> Steps:
@@ -255,11 +258,8 @@ def _dq_and_slopes_steps(problem: Problem) -> Steps:
     """Return the launches that make dq, wanted or not, and with it dslopes."""
     dq = problem.attention(_ATTENTIONS["dq"])
     of = problem.of
-    dstate_strides = problem.dstate_strides
-    if dstate_strides is not None:
-        *outer, rows, columns = dstate_strides
-        dstate_strides = (*outer, columns, rows)
-    steps = forward_sm90.steps(dq, slopes=forward_sm90.SlopesGradient(problem.layout("q"), dstate_strides))
+    slopes = forward_sm90.SlopesGradient(problem.layout("q"), _transposed(problem.dstate_strides))
+    steps = forward_sm90.steps(dq, slopes=slopes)
     names = _names("dq") | {"primal": "q", "partials": "partials", "dstate": "dstate"}
 
     plan = slopes_plan_for(of.dtype, of.qk_dim, of.compute_capability)
