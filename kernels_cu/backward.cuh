@@ -116,10 +116,18 @@ __device__ __forceinline__ void store_partial(const SlopeArgs& args, const TileW
 extern "C" __global__ void __launch_bounds__(kThreads) sum_partials(const __grid_constant__ SlopeArgs args) {
   int64_t head_idx = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / 32;
   if (head_idx >= args.num_heads) return;
+  constexpr int kAhead = 8;  // loads under way
   int num_of_head = args.num_segments * args.num_v_blocks;
   double sum = 0;
-  for (int64_t idx = threadIdx.x % 32; idx < args.batch * num_of_head; idx += 32) {
-    sum += args.partials[(idx / num_of_head * args.num_heads + head_idx) * num_of_head + idx % num_of_head];
+  for (int64_t batch_idx = 0; batch_idx < args.batch; batch_idx++) {
+    const double* partials = args.partials + (batch_idx * args.num_heads + head_idx) * num_of_head;
+    for (int idx = threadIdx.x % 32; idx < num_of_head; idx += 32 * kAhead) {
+      double x[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) x[i] = idx + i * 32 < num_of_head ? partials[idx + i * 32] : 0;
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) sum += x[i];
+    }
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
   if (threadIdx.x % 32 == 0) args.dslopes[head_idx] = static_cast<Real>(0 - sum);

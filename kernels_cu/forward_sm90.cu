@@ -27,200 +27,11 @@
 // end, from that of its last whole chunk. With ATTENTIONS=2 there are two over the same arrays in different roles, as
 // gradients are. Rows of the two for one head are neighbours, so that what both read comes from memory once.
 //
+// SLOPES=1, in the pass that makes dq, leaves the gradient of the slopes too: slopes_sm90.cuh. That takes one more
+// warpgroup, so there is one group, and blocks of a cluster make P each for itself.
+//
 // float16 has little range: rows of P are scaled by powers of two, as those of ST and of decayed vT, which is exact.
-#include "state_sm90.cuh"
-
-constexpr int kAttentions = ATTENTIONS, kGroups = V_GROUPS;
-constexpr int kCluster = CLUSTER, kNeighbours = NEIGHBOURS, kBlocks = kCluster * kNeighbours;
-constexpr int kThreads = 128 * (2 + kGroups), kPBuffers = 2;
-constexpr bool kSplit = SPLIT, kHigh = HIGH;
-constexpr int kProducerRegisters = kGroups == 1 ? 72 : 40, kScoresRegisters = kGroups == 1 ? 128 : 72;
-constexpr int kGroupRegisters = kGroups == 1 ? 256 : 200;
-static_assert(128 * (kScoresRegisters + kProducerRegisters + kGroups * kGroupRegisters) <= 65536,
-              "an SM has 65536 registers");
-static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the blocks of a head, of one group each");
-static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neighbours is one block of each row");
-
-constexpr int kScoresBarrier = 3, kPTiles = kHigh ? 2 : 1;
-constexpr int kLengths = kReversed ? 2 : 1;  // of chunks, for outputs
-
-// float16: what one in a row of P stands for, and its inverse.
-struct ScoresUnits {
-  float unit[kChunk], to_unit[kChunk];
-};
-
-// SPLIT: the team that this block is a member of, the rows that it takes in turn, and how it shares out a sequence.
-struct Team {
-  int idx, num_teams, num_rows, size, member;
-  int first_member;  // how many members the teams before it have
-  int first_length, segment_length;
-};
-
-struct Shared {
-  alignas(1024) Tile q[kQStages][kQkBlocks], k[kStages][kQkBlocks], v[kStages][kGroups];
-  Tile o[kGroups][kOutputBuffers];
-  uint16_t zeros[8][64];  // read over and over; compute-sanitizer counts 4 KiB from here on, so not at the end
-  Tile p[kPBuffers][kPTiles];
-  ScoresUnits p_units[kPBuffers];
-  float o_decay[kGroups][kLengths][kChunk];  // scale decay^(i+1); REVERSED: decay^(num_tokens-1-i)
-  Decay decay[kGroups];
-  float segment_decay[kGroups];  // decay^segment_length
-  Team team;
-  // Of a stage: q, k or v have arrived; all blocks of the cluster have used theirs. q is done with long before k and v.
-  // Of p likewise: it is in this block; the next that this block makes may go to the same buffer of all.
-  uint64_t q_full[kQStages], q_empty[kQStages], k_full[kStages], v_full[kStages], kv_empty[kStages];
-  uint64_t p_full[kPBuffers], p_empty[kPBuffers];
-  uint64_t o_full[kGroups][kOutputBuffers], o_empty[kGroups][kOutputBuffers];
-  uint64_t in_step;  // all neighbours are about to load
-};
-static_assert(sizeof(Shared) <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
-
-// One warp has used a stage: the first lanes tell the blocks of the cluster.
-__device__ __forceinline__ void release(uint64_t& empty) {
-  int lane = threadIdx.x % 32;
-  if constexpr (kCluster == 1) {
-    if (lane == 0) mbarrier_arrive(empty);
-  } else {
-    __syncwarp();
-    if (lane < kCluster) mbarrier_arrive_at(lane, empty);
-  }
-}
-
-// Of each attention: all but arrays is the same.
-struct Attentions {
-  HopperArgs of[kAttentions];
-};
-
-// What a block does next: a pass over a segment of a row, for its state or for its outputs.
-struct Pass {
-  int row, attention, batch_idx, head_idx, v_block, first_token, num_tokens;
-  bool outputs;
-
-  __device__ __forceinline__ int num_chunks() const { return (num_tokens + kChunk - 1) / kChunk; }
-
-  // Where in the sequence the tokens of a chunk begin.
-  __device__ __forceinline__ int token(int chunk, int seqlen) const {
-    int token = first_token + chunk * kChunk;
-    return kReversed ? (seqlen - 1) / kChunk * kChunk - token : token;
-  }
-};
-
-// How many tokens it takes until the decay of a float is 0. Without decay, more than there are.
-__device__ __forceinline__ int memory(double slope) {
-  return 1 + static_cast<int>(fminf(__fdividef(104.0f, fmaxf(static_cast<float>(slope), 1e-8f)), 1e9f));
-}
-
-// Teams of one row each, with more members for rows that remember longer: by one warp, a lane for each row. Time is
-// counted in chunks of outputs; a chunk of states takes states_time of it, those that a segment forgets no time. All
-// blocks find the same least time in which as many members suffice as there are.
-__device__ __forceinline__ void balance(Team& team, const HopperArgs& args) {
-  auto divide = [](int x, int by) { return static_cast<int>(__fdividef(x + 0.5f, by)); };  // right below 2^20
-  const int lane = threadIdx.x % 32, block = blockIdx.x, num_blocks = gridDim.x;
-  const int num_chunks = (args.seqlen + kChunk - 1) / kChunk;
-  const int head = divide(lane, args.num_v_blocks * kAttentions);
-  const double slope = slope_of(args, lane < args.num_rows ? head - divide(head, args.num_heads) * args.num_heads : 0);
-  const float remembered = memory(slope) / kChunk + 1;
-  float too_little = __fdividef(num_chunks * args.num_rows, num_blocks);
-  float enough = (1 + args.states_time) * (divide(num_chunks - 1, divide(num_blocks, args.num_rows)) + 1.01f);
-  int chunks, size;
-#pragma unroll 1
-  for (int num_left = 6; num_left >= 0; num_left--) {
-    float time = num_left > 0 ? (enough + too_little) / 2 : enough;
-    float with_all_states = __fdividef(time, 1 + args.states_time);
-    chunks = max(1, static_cast<int>(fmaxf(with_all_states, time - args.states_time * remembered)));
-    size = lane < args.num_rows ? divide(num_chunks + chunks - 1, chunks) : 0;
-    (__reduce_add_sync(~0u, size) <= num_blocks ? enough : too_little) = time;
-  }
-  int behind = size;  // members of this lane's team and of those before it
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    int more = __shfl_up_sync(~0u, behind, distance);
-    if (lane >= distance) behind += more;
-  }
-  if (lane == 31 && behind <= block) team.num_rows = 0;  // a block too many
-  if (behind - size <= block && block < behind) {
-    team = {lane, args.num_rows, 1, size, block - (behind - size), behind - size,
-            (num_chunks - (size - 1) * chunks) * kChunk, chunks * kChunk};
-  }
-}
-
-// By one warp.
-__device__ __forceinline__ void join_team(Team& team, const HopperArgs& args) {
-  if (args.states_time > 0) return balance(team, args);
-  int idx = blockIdx.x, num_teams = gridDim.x, num_rows = (args.num_rows - idx + num_teams - 1) / num_teams;
-  team = {idx, num_teams, num_rows, args.team_size, static_cast<int>(blockIdx.y), idx * args.team_size,
-          args.first_length, args.segment_length};
-}
-
-// A team takes rows in turn; each of its blocks, a member, has a segment of all of them.
-struct Schedule {
-  const HopperArgs& args;
-  const Team& team;
-  const int rank = blockIdx.x % kCluster;
-
-  // Arrays of one attention; all else is the same for both.
-  __device__ __forceinline__ const HopperArgs& args_of(const Pass& pass) const {
-    return (&args)[kAttentions > 1 ? pass.attention : 0];
-  }
-
-  // With SPLIT, two for each row: its state, its outputs.
-  __device__ __forceinline__ int num_passes() const { return kSplit ? 2 * team.num_rows : 1; }
-
-  // Two members need no exchange.
-  __device__ __forceinline__ bool is_pair() const { return kSplit && args.team_size == 2; }
-  __device__ __forceinline__ bool is_last() const { return !kSplit || team.member == team.size - 1; }
-
-  __device__ __forceinline__ Pass operator[](int idx) const {
-    Pass pass;
-    pass.outputs = !kSplit || idx % 2 == 1;
-    pass.row = kSplit ? team.idx + idx / 2 * team.num_teams : blockIdx.x;
-    int head = pass.row / args.num_v_blocks;
-    pass.v_block = pass.row - head * args.num_v_blocks;
-    pass.attention = head % kAttentions;
-    head /= kAttentions;
-    pass.batch_idx = head / args.num_heads;
-    pass.head_idx = head - pass.batch_idx * args.num_heads;
-    pass.first_token = 0;
-    const int seqlen = kReversed ? (args.seqlen + kChunk - 1) / kChunk * kChunk : args.seqlen;
-    pass.num_tokens = seqlen;
-    if (kSplit) {
-      // Of two members, the second makes the state that it needs itself, and has fewer outputs; of more, each makes
-      // what its segment adds, and they exchange it.
-      int segment = pass.outputs || !is_pair() ? team.member : team.member - 1;
-      if (segment > 0) pass.first_token = team.first_length + (segment - 1) * team.segment_length;
-      pass.num_tokens = min(segment == 0 ? team.first_length : team.segment_length, seqlen - pass.first_token);
-      if (!pass.outputs) {
-        if (segment < 0 || segment == team.size - 1) {
-          pass.num_tokens = 0;  // nothing is in front of it, or behind it
-        } else {  // what is forgotten at its end, with the initial state if there is any
-          int num_forgotten = max(pass.num_tokens - memory(slope_of(args, pass.head_idx)), 0) / kChunk * kChunk;
-          pass.first_token += num_forgotten;
-          pass.num_tokens -= num_forgotten;
-        }
-      }
-    }
-    return pass;
-  }
-};
-
-// Stages in the order in which all warpgroups go through them, and the parity of the next wait for each.
-template <int kNumStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parities = 0;
-
-  __device__ __forceinline__ uint32_t parity() const { return parities >> stage & 1; }
-  __device__ __forceinline__ void advance() {
-    parities ^= 1u << stage;
-    stage = stage + 1 == kNumStages ? 0 : stage + 1;
-  }
-  // Chunks that others have.
-  __device__ __forceinline__ void skip(int count) {
-    for (int i = 0; i < count; i++) advance();
-  }
-};
-using QRing = Ring<kQStages>;
-using KvRing = Ring<kStages>;
+#include "slopes_sm90.cuh"
 
 // The blocks of a cluster share the tiles of q and k out, neighbours to one block, which loads them for all.
 __device__ __forceinline__ void load_for_all(Tile (&tiles)[kQkBlocks], const TensorMap& map, uint64_t& full, int rank,
@@ -250,10 +61,15 @@ __device__ __forceinline__ void produce(Shared& shared, const Schedule& schedule
         mbarrier_wait(shared.in_step, chunk % 2);
       }
       load_for_all(shared.k[stage], args.k, shared.k_full[stage], schedule.rank, true, token, head, batch);
-      mbarrier_arrive_expect_tx(shared.v_full[stage], kGroups * kTileBytes);
+      const bool has_primal = kSlopes && pass.outputs;
+      mbarrier_arrive_expect_tx(shared.v_full[stage], kGroups * (1 + has_primal) * kTileBytes);
 #pragma unroll
       for (int group = 0; group < kGroups; group++) {
-        tma_load(shared.v[stage][group], args.v, shared.v_full[stage], first_v + group * 64, token, head, batch);
+        auto load = [&](int tile, const TensorMap& map) {
+          tma_load(shared.v[stage][tile], map, shared.v_full[stage], first_v + group * 64, token, head, batch);
+        };
+        load(group, args.v);
+        if (has_primal) load(kGroups + group, args.primal);
       }
       ring.advance();
       if (pass.outputs) {
@@ -288,27 +104,6 @@ __device__ __forceinline__ void store(Shared& shared, const Schedule& schedule, 
   tma_store_wait_read<0>();
 }
 
-constexpr int kStateSize = kGroups * kQkDim * 64;  // of a row, padded
-constexpr int kGroupBarrier = 1;                   // and the next
-
-// States behind the team's segments but the last, [size - 1, kStateSize]: first what each segment adds, then what there
-// is. Rows take turns between two, since a block may be at the next row while another still reads.
-__device__ __forceinline__ float* states_of(const Schedule& schedule, int row_idx) {
-  const Team& team = schedule.team;
-  int64_t first_state = (team.first_member - team.idx) * 2 + row_idx % 2 * (team.size - 1);
-  return schedule.args.workspace + first_state * kStateSize;
-}
-
-// A group's flag at one of the two meetings of its team, or another's.
-enum Meeting { kAdded, kScanned };
-__device__ __forceinline__ uint64_t* flag(const Schedule& schedule, Meeting meeting, int idx) {
-  const Team& team = schedule.team;
-  const int num_members = gridDim.x * gridDim.y;
-  int64_t num_states = 2 * (num_members - team.num_teams);
-  uint64_t* flags = reinterpret_cast<uint64_t*>(schedule.args.workspace + num_states * kStateSize);
-  return flags + (meeting * num_members + team.first_member) * kGroups + idx;
-}
-
 // The groups of all blocks of a team come to a point: each sets its flag to a value that no flag has had.
 __device__ __forceinline__ void meet_team(const Schedule& schedule, Meeting meeting, int pass_idx, int group) {
   int thread = threadIdx.x % 128, barrier = kGroupBarrier + group;
@@ -326,11 +121,12 @@ __device__ __forceinline__ void clear_flag(const Schedule& schedule, Meeting mee
 }
 
 // In place, what segments add becomes the states behind them: this block's slice of the elements, kWidth a thread at a
-// time. What counts is how many loads are under way.
+// time. What counts is how many loads are under way. Aged states likewise: those in front become older by a segment.
 __device__ __forceinline__ void scan(const Schedule& schedule, float* states, int group, float decay) {
   // One where registers have no room for more.
-  constexpr int kAhead = 16, kWidth = kQkDim <= 64 || (kGroups == 2 && kBfloat16) ? 2 : 1;
+  constexpr int kAhead = 16 / kNumKinds, kWidth = kQkDim <= 64 || (kGroups == 2 && kBfloat16) ? 2 : 1;
   const int num_states = schedule.team.size - 1;
+  const float length = schedule.team.segment_length;
   const int per_member = (kStateSize / kWidth + num_states) / (num_states + 1);
   const int end = min(kStateSize / kWidth, (schedule.team.member + 1) * per_member);
   uint32_t thread = group * 128 + threadIdx.x % 128;
@@ -338,21 +134,31 @@ __device__ __forceinline__ void scan(const Schedule& schedule, float* states, in
 #pragma unroll 1
   for (int idx = schedule.team.member * per_member + thread; idx < end; idx += 128 * kGroups) {
     float* state = states + idx * kWidth;
-    float x[kWidth] = {};
+    float x[kNumKinds][kWidth] = {};
 #pragma unroll 1
     for (int num_left = num_states; num_left > 0; num_left -= kAhead) {
-      float added[kAhead][kWidth];
+      float added[kAhead][kNumKinds][kWidth];
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
-        if (i < num_left) load_l2(added[i], state + i * kStateSize);
+        if (i < num_left) load_l2(added[i][0], state + i * kStateSize);
+        if constexpr (kSlopes) {
+          if (i < num_left) load_l2(added[i][1], state + (num_states + i) * kStateSize);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
         if (i < num_left) {
           // NOTE: no 0 * inf when a negative slope overflows the decay of a state that is still empty.
 #pragma unroll
-          for (int j = 0; j < kWidth; j++) x[j] = (x[j] == 0 ? 0 : decay * x[j]) + added[i][j];
-          store_l2(state + i * kStateSize, x);
+          for (int j = 0; j < kWidth; j++) {
+            if constexpr (kSlopes) {
+              float older = x[1][j] + length * x[0][j];
+              x[1][j] = (older == 0 ? 0 : decay * older) + added[i][1][j];
+            }
+            x[0][j] = (x[0][j] == 0 ? 0 : decay * x[0][j]) + added[i][0][j];
+          }
+          store_l2(state + i * kStateSize, x[0]);
+          if constexpr (kSlopes) store_l2(state + (num_states + i) * kStateSize, x[1]);
         }
       }
       state += kAhead * kStateSize;
@@ -363,26 +169,31 @@ __device__ __forceinline__ void scan(const Schedule& schedule, float* states, in
 // P number `use` may be made: where it goes, all blocks have used the one before. Of each buffer's, this block makes
 // every kPeriod-th, the first of them in a buffer that nobody has used if use < kPBuffers.
 __device__ __forceinline__ void wait_for_p_empty(Shared& shared, int use, int rank) {
-  constexpr int kPeriod = kCluster % kPBuffers == 0 ? kCluster : kCluster * kPBuffers;
+  constexpr int kPeriod = kPCluster % kPBuffers == 0 ? kPCluster : kPCluster * kPBuffers;
   int first = use % kPeriod, parity = use / kPeriod % 2;
   if (first < kPBuffers) parity ^= 1;
   mbarrier_wait(shared.p_empty[use % kPBuffers], parity);
 }
 
-// P of all chunks of a pass; blocks of a cluster take turns, each making it for all of them.
+// Decays of scores that stay in registers.
+constexpr int kScoresFactors = kSlopes ? 1 : 32;
+
+// P of all chunks of a pass; blocks of a cluster take turns, each making it for all of them. With SLOPES each makes it
+// for itself, and sums this block's part of two tokens' products; decays are read again each time.
 __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, int rank, QRing& q_ring, KvRing& ring,
-                                            int& p_uses, const float (&factor)[32]) {
+                                            int& p_uses, const float (&factor)[kScoresFactors], double& slopes_sum) {
   int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   for (int chunk = 0; chunk < pass.num_chunks(); chunk++, q_ring.advance(), ring.advance(), p_uses++) {
     int q_stage = q_ring.stage, stage = ring.stage;
     mbarrier_wait(shared.q_full[q_stage], q_ring.parity());
     mbarrier_wait(shared.k_full[stage], ring.parity());
-    if (kCluster > 1 && p_uses % kCluster != rank) {
+    if (kPCluster > 1 && p_uses % kPCluster != rank) {
       release(shared.q_empty[q_stage]);
       release(shared.kv_empty[stage]);
       continue;
     }
-    float p[32];
+    float p[32], products[32];  // the latter with SLOPES
+    RowUnits p_units;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kQkDim / 16; step++) {
@@ -391,11 +202,20 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
                                               wgmma_descriptor_in_32_bits(shared.k[stage], offset), step > 0);
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    release(shared.q_empty[q_stage]);
-    release(shared.kv_empty[stage]);
+    if constexpr (kSlopes) {
+      mbarrier_wait(shared.v_full[stage], ring.parity());
+      multiply_rows(products, shared.v[stage][1], shared.v[stage][0]);
+      wgmma_wait<1>();
+      release(shared.q_empty[q_stage]);
 #pragma unroll
-    for (int i = 0; i < 32; i++) p[i] *= factor[i];
+      for (int i = 0; i < 32; i++) p[i] *= for_slopes(shared).decay_of_p[distance_of(i) + kChunk - 1];
+    } else {
+      wgmma_wait<0>();
+      release(shared.q_empty[q_stage]);
+      release(shared.kv_empty[stage]);
+#pragma unroll
+      for (int i = 0; i < 32; i++) p[i] *= factor[i];
+    }
 
     int buffer = p_uses % kPBuffers;
     wait_for_p_empty(shared, p_uses, rank);
@@ -408,6 +228,7 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
         int exponent = unit_exponent(row_max(largest));
 #pragma unroll
         for (int i = 0; i < 16; i++) p[i / 2 * 4 + half * 2 + i % 2] *= to_unit(exponent);
+        p_units.unit[half] = from_unit(exponent);
         if (lane % 4 == 0) {
           shared.p_units[buffer].unit[warp * 16 + half * 8 + lane / 4] = from_unit(exponent);
           shared.p_units[buffer].to_unit[warp * 16 + half * 8 + lane / 4] = to_unit(exponent);
@@ -431,18 +252,23 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
       if constexpr (kHigh) stmatrix_x4(swizzled(shared.p[buffer][1], row, pair * 2 + lane / 16), low);
     }
     fence_proxy_async();
-    if constexpr (kCluster == 1) {
+    if constexpr (kPCluster == 1) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(shared.p_full[buffer]);
     } else {
       named_barrier(kScoresBarrier, 128);
       if (thread == rank) mbarrier_arrive(shared.p_full[buffer]);
-      if (thread != rank && thread < kCluster) {
+      if (thread != rank && thread < kPCluster) {
         constexpr int kUnitsBytes = kBfloat16 ? 0 : sizeof(ScoresUnits);
         mbarrier_arrive_expect_tx_at(thread, shared.p_full[buffer], kPTiles * kTileBytes + kUnitsBytes);
         copy_to(thread, shared.p[buffer], kPTiles * kTileBytes, shared.p_full[buffer]);
         if constexpr (kUnitsBytes > 0) copy_to(thread, &shared.p_units[buffer], kUnitsBytes, shared.p_full[buffer]);
       }
+    }
+    if constexpr (kSlopes) {
+      wgmma_wait<0>();
+      release(shared.kv_empty[stage]);
+      slopes_sum += sum_aged(p, p_units, products);
     }
   }
 }
@@ -455,18 +281,27 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
     if (pass.outputs) {
-      float factor[32];
-      double slope = slope_of(args, pass.head_idx);
+      float factor[kScoresFactors];
+      double slope = slope_of(args, pass.head_idx), slopes_sum = 0;
       float scale = static_cast<float>(args.scale);
-#pragma unroll
-      for (int i = 0; i < 32; i++) {
-        int row = first_row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        int distance = kReversed ? column - row : row - column;
+      if constexpr (kSlopes) {
+        int distance = thread - (kChunk - 1);
         float decay = expf(static_cast<float>(-slope * max(distance, 0)));
-        factor[i] = distance >= 0 ? scale * decay : 0;
-        if (kReversed) factor[i] = fminf(fmaxf(factor[i], -kLargest), kLargest);  // no 0 * inf behind the end
+        named_barrier(kScoresBarrier, 128);
+        for_slopes(shared).decay_of_p[thread] = distance >= 0 ? scale * decay : 0;
+        named_barrier(kScoresBarrier, 128);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+          int row = first_row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          int distance = kReversed ? column - row : row - column;
+          float decay = expf(static_cast<float>(-slope * max(distance, 0)));
+          factor[i] = distance >= 0 ? scale * decay : 0;
+          if (kReversed) factor[i] = fminf(fmaxf(factor[i], -kLargest), kLargest);  // no 0 * inf behind the end
+        }
       }
-      make_scores(shared, pass, schedule.rank, q_ring, ring, p_uses, factor);
+      make_scores(shared, pass, schedule.rank, q_ring, ring, p_uses, factor, slopes_sum);
+      if constexpr (kSlopes) store_partial(schedule, pass, 4 + thread / 32, slopes_sum);
     } else {
       ring.skip(pass.num_chunks());
     }
@@ -505,7 +340,7 @@ __device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32]) 
 // Whether registers suffice to go on while products of a chunk are under way.
 constexpr bool kOverlap = !(kSplit && (kGroups == 2 || kQkDim == 256));
 // Whether they suffice for v of two chunks, and for decays that need not be loaded again.
-constexpr bool kEarly = kTwoParts && kGroups == 1 && kQkDim <= 128;
+constexpr bool kEarly = kTwoParts && kGroups == 1 && !kSlopes && kQkDim <= 128;
 
 // One warpgroup: state and outputs of 64 columns of v.
 struct Group {
@@ -518,8 +353,13 @@ struct Group {
   int last_left;        // how many tokens of the pass are left, with those of the chunk that has the sequence's end
   State state;
   RowUnits units;
+  Giver giver;            // to the slopes warpgroup
+  uint32_t primal[4][4];  // of a chunk, columns of the array that o is the gradient of
+  float mean;             // of slopes_sm90.cuh
+  double slopes_sum = 0;  // of its products with what comes from the chunks in front, times tokens
 
   __device__ __forceinline__ void set_decay(double slope) {
+    if constexpr (kSlopes) mean = mean_position(slope, args.seqlen);
     auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
     named_barrier(barrier, 128);
     if (thread < kChunk) {
@@ -530,36 +370,13 @@ struct Group {
       } else {
         shared.o_decay[group][0][thread] = scale * power(thread + 1);
       }
-      fill(shared.decay[group], thread, slope, scale, args.seqlen);
+      fill<kReversed ? kFromStart : kToEnd>(shared.decay[group], thread, slope, scale, args.seqlen);
     }
     if (kSplit && thread == kChunk) shared.segment_decay[group] = power(shared.team.segment_length);
     named_barrier(barrier, 128);
   }
 
   __device__ __forceinline__ int first_v(const Pass& pass) const { return (pass.v_block * kGroups + group) * 64; }
-
-  __device__ __forceinline__ void load_segment_state(const float* from) {
-    from += group * (kQkDim * 64);
-#pragma unroll
-    for (int quad = 0; quad < kQkDim / 8; quad++) {
-      float x[4];
-      load_l2(x, from + (quad * 128 + thread) * 4);
-#pragma unroll
-      for (int i = 0; i < 4; i++) state[quad * 4 + i] = x[i];
-    }
-    units = {};
-  }
-
-  __device__ __forceinline__ void store_segment_state(float* to) {
-    to += group * (kQkDim * 64);
-#pragma unroll
-    for (int quad = 0; quad < kQkDim / 8; quad++) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = state[quad * 4 + i] * units.unit[i / 2];
-      store_l2(to + (quad * 128 + thread) * 4, x);
-    }
-  }
 
   __device__ __forceinline__ void begin_pass(const Pass& pass) {
     last_left = pass.first_token == 0 ? pass.num_tokens : 0;
@@ -584,6 +401,12 @@ struct Group {
     take_v(v, next_ring, num_tokens_left - kChunk);
   }
 
+  // The whole state in front of a chunk, to the slopes warpgroup.
+  __device__ __forceinline__ void give_state() {
+    if constexpr (kTwoParts) giver.give<Back>(shared, state, units);
+    giver.give<Front>(shared, state, units);
+  }
+
   // The state of a segment alone. While products of a chunk are under way, v of the next is made.
   __device__ __forceinline__ void add_segment(const Pass& pass) {
     if (pass.num_tokens == 0) return;
@@ -591,6 +414,7 @@ struct Group {
     int num_tokens_left = pass.num_tokens;
     auto step = [&](const DecayedV& v, DecayedV& next) {
       int stage = ring.stage;
+      if constexpr (kSlopes) give_state();
       mbarrier_wait(shared.k_full[stage], ring.parity());
       scale_state(state, v.state_factor);
       if constexpr (kTwoParts) update_state<Back>(state, v, shared.k[stage]);
@@ -645,8 +469,29 @@ struct Group {
     }
   }
 
-  // o = scale decay^(i+1) o + vT PT, begun.
-  __device__ __forceinline__ void add_intra_block(float (&o)[32], const RowUnits& o_units, const float2 (&decay)[8]) {
+  // What comes from the chunks in front, times primal and the tokens from them on, less their mean.
+  __device__ __forceinline__ void weigh(const float (&o)[32]) {
+    float sums[2] = {}, weighed[2] = {};  // of all tokens' numbers, and of them times the first weights
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float2 x = unpack<kBfloat16>(primal[i / 2][i % 2 * 2]), y = unpack<kBfloat16>(primal[i / 2][i % 2 * 2 + 1]);
+      float number[2] = {x.x * o[i * 4] + y.x * o[i * 4 + 2], x.y * o[i * 4 + 1] + y.y * o[i * 4 + 3]};
+      if constexpr (!kBfloat16) {
+        const float* units = shared.p_units[num_outputs % 2].unit + i * 8 + lane % 4 * 2;
+        for (int j = 0; j < 2; j++) number[j] *= units[j];
+      }
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        sums[j] += number[j];
+        weighed[j] += (i * 8 + j + 1) * number[j];
+      }
+    }
+    float sum = weighed[0] + weighed[1] + (lane % 4 * 2 - mean) * (sums[0] + sums[1]);
+    slopes_sum += static_cast<double>(sum);
+  }
+
+  // o = scale decay^(i+1) o, when P is there, whose units it gets.
+  __device__ __forceinline__ void decay_outputs(float (&o)[32], const RowUnits& o_units, const float2 (&decay)[8]) {
     int buffer = num_outputs % 2;
     mbarrier_wait(shared.p_full[buffer], num_outputs / 2 % 2);
 #pragma unroll
@@ -663,6 +508,11 @@ struct Group {
       o[pair * 4 + 2] *= factor.x * o_units.unit[1];
       o[pair * 4 + 3] *= factor.y * o_units.unit[1];
     }
+  }
+
+  // Begin o += vT PT.
+  __device__ __forceinline__ void add_intra_block(float (&o)[32]) {
+    int buffer = num_outputs % 2;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) {
@@ -691,10 +541,10 @@ struct Group {
     }
     __syncwarp();
     if (lane == 0) {
-      if constexpr (kCluster == 1) {
+      if constexpr (kPCluster == 1) {
         mbarrier_arrive(shared.p_empty[buffer]);
       } else {
-        mbarrier_arrive_at((num_outputs + kPBuffers) % kCluster, shared.p_empty[buffer]);
+        mbarrier_arrive_at((num_outputs + kPBuffers) % kPCluster, shared.p_empty[buffer]);
       }
     }
     int o_buffer = num_outputs % kOutputBuffers;
@@ -711,6 +561,7 @@ struct Group {
     if constexpr (!kTwoParts || !kBfloat16) wgmma_wait<0>();  // float16 needs to know the largest of all ST
     o_units = units;
     put_in_range(range_factor, o_units, state);
+    if constexpr (kSlopes && kTwoParts) giver.give<Back>(shared, state, units);
     if constexpr (kTwoParts) inter_block<Back, true>(o, range_factor);
   }
 
@@ -721,11 +572,13 @@ struct Group {
   __device__ __forceinline__ void complete(float (&o)[32], const float (&range_factor)[2], const RowUnits& o_units,
                                            LoadedV& loaded, float2 (&o_decay)[8], int num_tokens_left) {
     DecayedV v;
+    if constexpr (kSlopes) giver.give<Front>(shared, state, units);
     inter_block<Front, !kTwoParts>(o, range_factor);
     if constexpr (!kEarly) {
       take_v(loaded, ring, num_tokens_left);
       load_o_decay(o_decay, num_tokens_left);
     }
+    if constexpr (kSlopes) load_columns(primal, shared.v[ring.stage][kGroups + group]);
     if constexpr (kTwoParts) {
       decay_v(v, units, loaded);
       scale_state(Back::of(state), v.state_factor);
@@ -734,7 +587,9 @@ struct Group {
     }
     wgmma_wait<(kTwoParts ? 1 : 0)>();
     release(shared.q_empty[q_ring.stage]);
-    add_intra_block(o, o_units, o_decay);
+    decay_outputs(o, o_units, o_decay);
+    if constexpr (kSlopes) weigh(o);
+    add_intra_block(o);
     if constexpr (!kTwoParts) {
       decay_v(v, units, loaded);
       mbarrier_wait(shared.k_full[ring.stage], ring.parity());
@@ -765,9 +620,7 @@ struct Group {
     int num_tokens_left = pass.num_tokens;
     if (num_tokens_left == 0) return;
     begin_pass(pass);
-    wgmma_fence();
-    wgmma_transposed<kBfloat16>(Front::of(state), {0, 0, 0, 0}, wgmma_descriptor_of_rows(shared.zeros));
-    wgmma_commit();
+    add_zeros<Front>(state, shared.zeros);
     wgmma_wait<0>();
     LoadedV v;
     float2 o_decay[8];
@@ -796,12 +649,13 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
                                        int group_idx) {
   Group group = {shared, args, group_idx};
   const int& member = schedule.team.member;
+  auto of_group = [&](float* states) { return states + group_idx * (kQkDim * 64); };
   for (int idx = 0; idx < schedule.num_passes(); idx++) {
     Pass pass = schedule[idx];
     const bool is_pair = schedule.is_pair(), has_state = kSplit && pass.outputs && member > 0;
     if (!pass.outputs || !kSplit) group.set_decay(slope_of(args, pass.head_idx));
     if (has_state && !is_pair) {
-      group.load_segment_state(states_of(schedule, idx / 2) + (member - 1) * kStateSize);
+      load_segment(group.state, group.units, of_group(states_of(schedule, idx / 2)) + (member - 1) * kStateSize);
     } else if (!has_state) {
       const HopperArgs& arrays = schedule.args_of(pass);
       bool is_first = !kSplit || (member == (is_pair && !pass.outputs ? 1 : 0) && pass.first_token == 0);
@@ -818,17 +672,23 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       if (arrays.final_state != nullptr && schedule.is_last()) {
         store_final_state(group.state, group.units, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
+      if constexpr (kSlopes) {
+        store_partial(schedule, pass, threadIdx.x % 128 / 32, group.slopes_sum);
+        group.slopes_sum = 0;
+      }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
       if (is_pair) continue;
       float* states = states_of(schedule, idx / 2);
-      if (!schedule.is_last()) group.store_segment_state(states + member * kStateSize);
+      if (!schedule.is_last()) store_segment(group.state, group.units, of_group(states) + member * kStateSize);
       // A graph that is launched again finds the flags that it left, with the same values. So they are cleared:
       // kScanned before anybody looks for it, kAdded when all have seen it.
       if (idx == 0) clear_flag(schedule, kScanned, group_idx);
+      if constexpr (kSlopes) named_barrier(kBothBarrier, 256);
       meet_team(schedule, kAdded, idx, group_idx);
       scan(schedule, states, group_idx, shared.segment_decay[group_idx]);
       meet_team(schedule, kScanned, idx, group_idx);
+      if constexpr (kSlopes) named_barrier(kBothBarrier, 256);
       if (idx + 2 == schedule.num_passes()) clear_flag(schedule, kAdded, group_idx);
     }
   }
@@ -836,7 +696,7 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
 
 // By one thread: the fence takes as long for each that calls it.
 __device__ __forceinline__ void init_barriers(Shared& shared) {
-  constexpr int kUsers = 4 * (kGroups + 1) * kCluster;  // warps
+  constexpr int kUsers = 4 * (kGroups + 1 + kSlopes) * kCluster;  // warps
   for (int stage = 0; stage < kQStages; stage++) {
     mbarrier_init(shared.q_full[stage], 1);
     mbarrier_init(shared.q_empty[stage], kUsers);
@@ -847,8 +707,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
     mbarrier_init(shared.kv_empty[stage], kUsers);
   }
   for (int buffer = 0; buffer < kPBuffers; buffer++) {
-    mbarrier_init(shared.p_full[buffer], kCluster == 1 ? 4 : 1);
-    mbarrier_init(shared.p_empty[buffer], 4 * kGroups * kCluster);
+    mbarrier_init(shared.p_full[buffer], kPCluster == 1 ? 4 : 1);
+    mbarrier_init(shared.p_empty[buffer], 4 * kGroups * kPCluster);
   }
   for (int group = 0; group < kGroups; group++) {
     for (int buffer = 0; buffer < kOutputBuffers; buffer++) {
@@ -857,12 +717,19 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
     }
   }
   mbarrier_init(shared.in_step, kNeighbours);
+  if constexpr (kSlopes) {
+    for (int buffer = 0; buffer < kHandedOver; buffer++) {
+      mbarrier_init(for_slopes(shared).full[buffer], 4);
+      mbarrier_init(for_slopes(shared).empty[buffer], 4);
+    }
+  }
   fence_mbarrier_init();
 }
 
 extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ Attentions attentions) {
   const HopperArgs& args = attentions.of[0];
+  constexpr int kMaps = 4 + kSlopes;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -872,8 +739,8 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
   } else if (warp == 1) {
     for (int i = 0; i < 2; i++) reinterpret_cast<uint4*>(shared.zeros)[i * 32 + lane] = uint4{0, 0, 0, 0};
     fence_proxy_async();
-  } else if (warp == 2 && lane < 4 * kAttentions) {
-    prefetch_tensor_map((&attentions.of[lane / 4].q)[lane % 4]);
+  } else if (warp == 2 && lane < kMaps * kAttentions) {
+    prefetch_tensor_map((&attentions.of[lane / kMaps].q)[lane % kMaps]);
   } else if (kSplit && warp == 3) {
     join_team(shared.team, args);
   }
@@ -883,14 +750,17 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
   if constexpr (kBlocks > 1) cluster_barrier();
   int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    decrease_registers<kProducerRegisters>();
+    decrease_registers<kRegisters.producer>();
     if (threadIdx.x == 0) produce(shared, schedule, first_pass);
     if (warp >= 1 && warp <= kGroups && lane == 0) store(shared, schedule, warp - 1);
   } else if (warpgroup == 1) {
-    decrease_registers<kScoresRegisters>();
+    decrease_registers<kRegisters.scores>();
     score_passes(shared, args, schedule);
+  } else if (kSlopes && warpgroup == 2 + kGroups) {
+    increase_registers<kSlopes ? kRegisters.slopes : kRegisters.group>();
+    if constexpr (kSlopes) sum_slopes(shared, args, schedule);
   } else {
-    increase_registers<kGroupRegisters>();
+    increase_registers<kRegisters.group>();
     attend(shared, args, schedule, warpgroup - 2);
   }
   if constexpr (kBlocks > 1) {

@@ -9,18 +9,22 @@ constexpr int kTileBytes = sizeof(Tile);
 // forward_sm90.py packs this struct: the same fields in the same order.
 struct HopperArgs {
   TensorMap q, k, v, o;
+  TensorMap primal;            // SLOPES: what o is the gradient of
   float* final_state;          // [batch, num_heads, qk_dim, v_dim] contiguous, or null
   const float* initial_state;  // [batch, num_heads, qk_dim, v_dim], or null for zeros
   float* workspace;            // forward_sm90.cu, SPLIT: of each team [2, size - 1, kStateSize], then flags of 8 bytes,
                                // [2, members of all teams, V_GROUPS]
   uint64_t first_flag;         // SPLIT: no other launch sets a flag to this value or the next 2^32
   const void* slopes;          // [num_heads] float or double, or null
-  StateStrides initial_strides;
+  double* partials;            // SLOPES: [batch, num_heads, num_v_blocks, max_members, warps that sum]
+  const float* dstate;         // SLOPES: the gradient of the final state, or null for zeros
+  StateStrides initial_strides, dstate_strides;
   int64_t slopes_stride;
   double scale, slope;         // slope of all heads where slopes is null
   int num_rows;                // batch times heads times blocks of v's columns
   int seqlen, first_length, segment_length, team_size;  // lengths of the first member's segment, and of others
   int num_heads, qk_dim, v_dim, num_v_blocks, slopes_are_double;
+  int max_members;             // of a team
   float states_time;           // SPLIT: 0 if all teams are of team_size, else a chunk's time for states over outputs
 };
 

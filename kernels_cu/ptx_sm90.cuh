@@ -227,20 +227,23 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], const uint32_t (&
   }
 }
 
-// d += a b, or d -= a b; b transposed, N from the size of d.
-#define WGMMA_TRANSPOSED(kSize, kN, kA, kB, kSign, ...)                                                               \
-  template <bool kBfloat16, bool kSubtract = false>                                                                   \
+// d += a b, d -= a b, or d = a b; b transposed, N from the size of d.
+enum Sum { kAdd, kSubtract, kSet };
+#define WGMMA_TRANSPOSED(kSize, kN, kA, kB, kD, kSign, ...)                                                           \
+  template <bool kBfloat16, Sum kSum = kAdd>                                                                          \
   __device__ __forceinline__ void wgmma_transposed(float (&d)[kSize], const uint32_t (&a)[4], uint64_t b) {           \
     if constexpr (kBfloat16) {                                                                                        \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.bf16.bf16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB  \
-                   ", 1, " kSign ", 1, 1;"                                                                            \
+                   ", " kD ", " kSign ", 1, 1;"                                                                       \
                    : __VA_ARGS__                                                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSubtract ? -1 : 1));                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSum != kSet),                           \
+                     "n"(kSum == kSubtract ? -1 : 1));                                                                \
     } else {                                                                                                          \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" kN "k16.f32.f16.f16 {" WGMMA_NAMES_##kSize "}, " kA ", " kB    \
-                   ", 1, " kSign ", 1, 1;"                                                                            \
+                   ", " kD ", " kSign ", 1, 1;"                                                                       \
                    : __VA_ARGS__                                                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSubtract ? -1 : 1));                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kSum != kSet),                           \
+                     "n"(kSum == kSubtract ? -1 : 1));                                                                \
     }                                                                                                                 \
   }
 #define WGMMA_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
@@ -249,9 +252,9 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], const uint32_t (&
   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
 #define WGMMA_NAMES_32 WGMMA_NAMES_0
 #define WGMMA_NAMES_64 WGMMA_NAMES_0 "," WGMMA_NAMES_1
-WGMMA_TRANSPOSED(16, "32", "{%16, %17, %18, %19}", "%20", "%21", WGMMA_OPERANDS_16)
-WGMMA_TRANSPOSED(32, "64", "{%32, %33, %34, %35}", "%36", "%37", WGMMA_OPERANDS_0)
-WGMMA_TRANSPOSED(64, "128", "{%64, %65, %66, %67}", "%68", "%69", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1)
+WGMMA_TRANSPOSED(16, "32", "{%16, %17, %18, %19}", "%20", "%21", "%22", WGMMA_OPERANDS_16)
+WGMMA_TRANSPOSED(32, "64", "{%32, %33, %34, %35}", "%36", "%37", "%38", WGMMA_OPERANDS_0)
+WGMMA_TRANSPOSED(64, "128", "{%64, %65, %66, %67}", "%68", "%69", "%70", WGMMA_OPERANDS_0, WGMMA_OPERANDS_1)
 
 // PTX 9.7.4: pairs of 16-bit numbers, rounded to nearest.
 template <bool kBfloat16>

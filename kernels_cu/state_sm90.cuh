@@ -41,22 +41,27 @@ __device__ __forceinline__ void split(uint32_t& high, uint32_t& low, float x, fl
 
 // Decays that a warpgroup reads at each chunk; [1] is for that with the end of a sequence, which may be shorter.
 struct Decay {
-  // decay^(num_tokens-1-j), REVERSED scale decay^(j+1), of pairs of tokens as high - low, relative to v_growth
-  uint2 v[2][kChunk / 2];
-  float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least 1
+  uint2 v[2][kChunk / 2];       // of pairs of tokens as high - low, relative to v_growth
+  float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least about 1
 };
 
+// What v is decayed by. kAgedToEnd: times the tokens that it takes, as the slopes' gradient has it (slopes_sm90.cuh).
+enum Kind { kToEnd, kFromStart, kAgedToEnd };  // decay^(num_tokens-1-j), scale decay^(j+1)
+
 // By the first 64 threads of a warpgroup.
+template <Kind kKind>
 __device__ __forceinline__ void fill(Decay& decay, int thread, double slope, float scale, int seqlen) {
   auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
   int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (seqlen - 1) % kChunk + 1;
-  float growth = kBfloat16 ? 1 : fmaxf(power(kReversed ? num_tokens : num_tokens - 1), 1.0f);
-  if (kReversed && !kBfloat16) growth *= fmaxf(fabsf(scale), kLeastScale);
+  float growth = kBfloat16 ? 1 : fmaxf(power(kKind == kFromStart ? num_tokens : num_tokens - 1), 1.0f);
+  if (kKind == kFromStart && !kBfloat16) growth *= fmaxf(fabsf(scale), kLeastScale);
+  if (kKind == kAgedToEnd && !kBfloat16) growth *= kChunk;
   float factor[2];
   // Behind the end there are zeros, which no decay may make NaN.
   for (int i = 0; i < 2; i++) {
-    int token = 2 * pair + i;
-    factor[i] = kReversed ? scale * power(min(token + 1, num_tokens)) : power(max(num_tokens - 1 - token, 0));
+    int token = 2 * pair + i, behind = max(num_tokens - 1 - token, 0);
+    factor[i] = kKind == kFromStart ? scale * power(min(token + 1, num_tokens)) : power(behind);
+    if (kKind == kAgedToEnd) factor[i] *= behind;
     factor[i] /= growth;
   }
   uint2& packed = decay.v[which][pair];
@@ -167,16 +172,34 @@ __device__ __forceinline__ void scale_state(float (&state)[kNum], const float (&
   }
 }
 
-// Begin state += decayed vT k, a part.
-template <class Part>
-__device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
+// Begin sums += decayed vT k, or kSet, of the columns of k from a tile on. kRounded: without what v was rounded by.
+template <int kFirstTile, Sum kSum = kAdd, bool kRounded = false, int kSize>
+__device__ __forceinline__ void add_products(float (&sums)[kSize], const DecayedV& v, Tile (&k)[kQkBlocks]) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    uint64_t k_step = wgmma_descriptor_in_32_bits(k, Part::kFirstTile * kTileBytes + step * 2048);
-    wgmma_transposed<kBfloat16>(Part::of(state), v.high[step], k_step);
-    wgmma_transposed<kBfloat16, true>(Part::of(state), v.low[step], k_step);
+    uint64_t k_step = wgmma_descriptor_in_32_bits(k, kFirstTile * kTileBytes + step * 2048);
+    if (kSum == kSet && step == 0) {
+      wgmma_transposed<kBfloat16, kSet>(sums, v.high[step], k_step);
+    } else {
+      wgmma_transposed<kBfloat16>(sums, v.high[step], k_step);
+    }
+    if constexpr (!kRounded) wgmma_transposed<kBfloat16, kSubtract>(sums, v.low[step], k_step);
   }
+  wgmma_commit();
+}
+
+// Begin state += decayed vT k, a part.
+template <class Part, bool kRounded = false>
+__device__ __forceinline__ void update_state(State& state, const DecayedV& v, Tile (&k)[kQkBlocks]) {
+  add_products<Part::kFirstTile, kAdd, kRounded>(Part::of(state), v, k);
+}
+
+// Begin state += 0, a part: so that products have made it.
+template <class Part>
+__device__ __forceinline__ void add_zeros(State& state, const uint16_t (&zeros)[8][64]) {
+  wgmma_fence();
+  wgmma_transposed<kBfloat16>(Part::of(state), {0, 0, 0, 0}, wgmma_descriptor_of_rows(zeros));
   wgmma_commit();
 }
 

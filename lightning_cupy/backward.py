@@ -1,4 +1,4 @@
-"""Launches of the backward pass: kernels_cu/forward*.cu and scan.cu, and backward.cu for the slopes.
+"""Launches of the backward pass: kernels_cu/forward*.cu and scan.cu, and backward*.cu for the slopes.
 
 With ``G_t = scale q_t do_t^T + exp(-slope) G_(t+1)``, the gradient of the state S_t, and that of the final state in
 place of what is behind the last token::
@@ -8,7 +8,8 @@ place of what is behind the last token::
     dv_t = G_t^T k_t               the same over (k, q, do), from the last token to the first
     dinitial_state                 the state that is left in front of the first token
 
-So each is as fast, and as exact, as a forward pass, and needs no memory beside it: states are made anew.
+So each is as fast, and as exact, as a forward pass, and needs no memory beside it: states are made anew. The gradient
+of the slopes has kernels of its own, or is summed by the launch for dq where that is Hopper's, of float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -75,9 +76,8 @@ class Problem:
     def attention(self, this: _Attention, *, return_state: bool = False) -> forward.Problem:
         """Return the problem of an attention over some of the arrays."""
         strides = self.of.initial_strides if this.state == "initial_state" else self.dstate_strides
-        if strides is not None and this.state_is_transposed:
-            *outer, rows, columns = strides
-            strides = (*outer, columns, rows)
+        if this.state_is_transposed:
+            strides = _transposed(strides)
         v_dim = self.width(this.v)
         return dataclasses.replace(
             self.of,
@@ -93,27 +93,35 @@ class Problem:
         )
 
 
+def _transposed(strides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return strides if strides is None else (*strides[:-2], strides[-1], strides[-2])
+
+
 def steps_for(problem: Problem) -> Steps:
     """Return the launches of a call."""
+    of = problem.of
     attentions = {}
     for gradient, this in _ATTENTIONS.items():
         return_state = gradient == "dv" and "dinitial_state" in problem.wanted
         if gradient in problem.wanted or return_state:
             attentions[gradient] = problem.attention(this, return_state=return_state)
-    parts = []
-    of = problem.of
     has_heads = of.batch * of.num_heads > 0
+    parts = []
     if has_heads and {"dk", "dv"} <= attentions.keys() and forward_sm90.is_pair(attentions["dk"], attentions["dv"]):
         # Both read q and do, at the same time.
         names = _names("dk") | {f"second_{name}": array for name, array in _names("dv").items()}
         steps = forward_sm90.steps(attentions.pop("dk"), attentions.pop("dv"))
         parts.append(_renamed(steps, names, "dk and dv"))
+    if "dslopes" in problem.wanted and of.num_heads > 0:
+        if _is_summed_with_dq(problem):
+            attentions.pop("dq", None)
+            parts.append(_dq_and_slopes_steps(problem))
+        else:
+            parts.append(_slope_steps(problem))
     for gradient, attention in attentions.items():
         parts.append(_renamed(forward.steps_for(attention), _names(gradient), gradient))
     if "dv" not in problem.wanted and "dinitial_state" in problem.wanted:
         parts.append(Steps((), (Buffer("dv", (of.batch, of.seqlen, of.num_heads, of.v_dim), of.dtype),)))
-    if "dslopes" in problem.wanted and of.num_heads > 0:
-        parts.append(_slope_steps(problem))
     return _in_turn(parts)
 
 
@@ -227,6 +235,54 @@ _ARGS = np.dtype(
 )
 
 
+# Tokens, and heads times tokens, from which dslopes is summed by the launch that makes dq. For fewer it takes
+# microseconds anyway, by backward.cu, which rounds less: sums of few numbers may be small beside these.
+_MIN_SEQLEN_WITH_DQ, _MIN_TOKENS_WITH_DQ = 2**9, 2**15
+
+
+def _is_summed_with_dq(problem: Problem) -> bool:
+    """Whether the launch for dq, on Hopper, sums dslopes too."""
+    of = problem.of
+    dq = problem.attention(_ATTENTIONS["dq"])
+    return (
+        of.dtype in ("float16", "bfloat16")
+        and dq.qk_dim <= forward_sm90.MAX_SLOPES_QK_DIM
+        and of.seqlen >= _MIN_SEQLEN_WITH_DQ
+        and of.batch * of.num_heads * of.seqlen >= _MIN_TOKENS_WITH_DQ
+        and forward_sm90.fits(dq)
+        and forward_sm90.fits(dataclasses.replace(dq, o=problem.layout("q")))  # which it reads beside the others
+    )
+
+
+def _dq_and_slopes_steps(problem: Problem) -> Steps:
+    """Return the launches that make dq, wanted or not, and with it dslopes."""
+    dq = problem.attention(_ATTENTIONS["dq"])
+    of = problem.of
+    slopes = forward_sm90.SlopesGradient(problem.layout("q"), _transposed(problem.dstate_strides))
+    steps = forward_sm90.steps(dq, slopes=slopes)
+    names = _names("dq") | {"primal": "q", "partials": "partials", "dstate": "dstate"}
+
+    plan = slopes_plan_for(of.dtype, of.qk_dim, of.compute_capability)
+    args = np.zeros(1, _ARGS)
+    args["batch"], args["num_heads"], args["num_segments"] = of.batch, of.num_heads, 1
+    args["num_v_blocks"] = num_partials = forward_sm90.num_partials(dq)
+    buffers = [Buffer("partials", (of.batch * of.num_heads * num_partials,), "float64")]
+    if "dq" not in problem.wanted:
+        buffers.append(Buffer("dq", (of.batch, of.seqlen, of.num_heads, of.qk_dim), of.dtype))
+    sum_steps = Steps((_sum(plan, args, {"dslopes": "dslopes", "partials": "partials"}),), tuple(buffers))
+    return _in_turn([_renamed(steps, names, "dq"), sum_steps])
+
+
+def _arguments(args: np.ndarray, pointers: Mapping[str, str]) -> Arguments:
+    assert _ARGS.fields is not None
+    return Arguments(args.tobytes(), tuple((_ARGS.fields[field][1], array) for field, array in pointers.items()))
+
+
+def _sum(plan: SlopesPlan, args: np.ndarray, pointers: Mapping[str, str]) -> Launch:
+    num_blocks = -(-int(args["num_heads"][0]) * 32 // plan.num_threads)
+    return launch(plan, "sum_partials", num_blocks, _arguments(args, pointers))
+
+
 def _slope_steps(problem: Problem) -> Steps:
     """Return the launches for dslopes; where the sequence is cut, behind those for states at the cuts."""
     of = problem.of
@@ -268,19 +324,17 @@ def _slope_steps(problem: Problem) -> Steps:
     args["segment_length"] = -(-num_chunks // num_segments) * states_plan.chunk
     args["scale"], args["qk_dim"], args["v_dim"] = of.scale, of.qk_dim, of.v_dim
     args["num_v_blocks"], args["num_segments"] = num_tiles, num_segments
-    assert _ARGS.fields is not None
-    arguments = Arguments(args.tobytes(), tuple((_ARGS.fields[field][1], array) for field, array in pointers.items()))
+    arguments = _arguments(args, pointers)
 
-    def launched(name: str, num_blocks: int) -> Steps:
-        return Steps((launch(plan, name, num_blocks, arguments),))
+    def launched(name: str) -> Steps:
+        return Steps((launch(plan, name, num_rows * num_segments, arguments),))
 
     parts = []
     if num_segments > 1:
-        parts += [launched("slope_states", num_rows * num_segments), *scans]
+        parts += [launched("slope_states"), *scans]
     if num_rows:
-        parts.append(launched("slope_partials", num_rows * num_segments))
-    parts.append(launched("sum_partials", -(-of.num_heads * 32 // plan.num_threads)))
-    return _in_turn([Steps((), (partials,)), *parts])
+        parts.append(launched("slope_partials"))
+    return _in_turn([Steps((), (partials,)), *parts, Steps((_sum(plan, args, pointers),))])
 
 
 def kernels_for(dtype: Dtype, qk_dim: int, v_dim: int, *, causal: bool, device_id: int) -> list[_compile.Wanted]:

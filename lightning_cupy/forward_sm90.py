@@ -15,7 +15,7 @@ from . import _compile, _tensor_map
 from ._launch import UNIQUE, Arguments, Buffer, Launch, Steps
 
 if TYPE_CHECKING:
-    from .forward import Dtype, Problem
+    from .forward import Dtype, Layout, Problem
 
 _COMPUTE_CAPABILITY = 90
 _MAX_SMEM_BYTES = 227 * 1024
@@ -24,6 +24,9 @@ _TILE_BYTES = 64 * 64 * 2
 _QK_DIMS = (64, 96, 128, 192, 256)
 _FLOAT_QK_DIMS = (64, 128, 192, 256)
 _MAX_ROWS = 2**31 - 1
+_SLOPES_QK_DIMS = (64, 128)  # two states of more do not fit registers
+MAX_SLOPES_QK_DIM = _SLOPES_QK_DIMS[-1]
+_SUMMING_WARPS = 12  # of a block, for the gradient of the slopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class HopperPlan:
     high: bool  # operands as sums of two numbers
     in_reverse: bool  # from the last token to the first
     attentions: int  # how many a launch has, of the same sizes
+    slopes: bool  # whether it sums its part of the gradient of the slopes
     q_stages: int  # chunks of q in shared memory
     stages: int  # chunks of k and v
     output_buffers: int
@@ -48,8 +52,8 @@ class HopperPlan:
 
     @property
     def num_threads(self) -> int:
-        """A producer warpgroup, one for scores, and those of v."""
-        return 128 * (2 + self.v_groups)
+        """A producer warpgroup, one for scores, those of v, and one for slopes."""
+        return 128 * (2 + self.v_groups + self.slopes)
 
     @property
     def constants(self) -> _compile.Constants:
@@ -67,25 +71,38 @@ class HopperPlan:
             ("HIGH", int(self.high)),
             ("REVERSED", int(self.in_reverse)),
             ("ATTENTIONS", self.attentions),
+            ("SLOPES", int(self.slopes)),
             ("SMEM_BYTES", self.smem_bytes),
             ("AMPERE", 1),
         )
 
 
 def _smem_bytes(
-    qk_dim: int, v_groups: int, high: bool, in_reverse: bool, q_stages: int, stages: int, output_buffers: int
+    qk_dim: int,
+    v_groups: int,
+    high: bool,
+    in_reverse: bool,
+    slopes: bool,
+    q_stages: int,
+    stages: int,
+    output_buffers: int,
 ) -> int:
     """Bytes of `Shared`, in its order."""
+    decay = 2 * 32 * 8 + 4 * 4
+    buffers = 3 if qk_dim > 64 else 2
+    for_slopes = slopes * (buffers * (64 * 64 * 4 + 128 * 8 + 2 * 8) + 2 * decay + 2 * 64 * 4)
+    for_slopes = -(-for_slopes // 1024) * 1024
     blocks = -(-qk_dim // 64)
-    tiles = q_stages * blocks + stages * (blocks + v_groups) + v_groups * output_buffers + 2 * (1 + high)
-    tables = 2 * 1024 + v_groups * ((1 + in_reverse) * 64 * 4 + 2 * 32 * 8 + 5 * 4) + 8 * 4
+    tiles = q_stages * blocks + stages * (blocks + v_groups * (1 + slopes))
+    tiles += v_groups * output_buffers + 2 * (1 + high)
+    tables = 2 * 1024 + v_groups * ((1 + in_reverse) * 64 * 4 + decay + 4) + 8 * 4
     barriers = 8 * (2 * q_stages + 3 * stages + 4 + 2 * v_groups * output_buffers + 1)
-    return -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
+    return for_slopes + -(-(tiles * _TILE_BYTES + tables + barriers) // 1024) * 1024
 
 
-def padded_qk_dim(head_dim: int) -> int:
+def padded_qk_dim(head_dim: int, *, slopes: bool = False) -> int:
     """Return the next larger head_dim of q and k that there are kernels for, of 16 bits."""
-    return next(padded for padded in _QK_DIMS if head_dim <= padded)
+    return next(padded for padded in (_SLOPES_QK_DIMS if slopes else _QK_DIMS) if head_dim <= padded)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,19 +117,23 @@ def plan_for(
     high: bool = False,
     in_reverse: bool = False,
     attentions: int = 1,
+    slopes: bool = False,
 ) -> HopperPlan:
     """Return the tiling for a head_dim of q and k: as many stages as fit, up to six of q, with two output buffers.
 
     k and v, of which there are three at least, may have one more: q is done with first.
     """
-    qk_dim = padded_qk_dim(head_dim)
+    qk_dim = padded_qk_dim(head_dim, slopes=slopes)
+    least_q_stages = 3 if slopes and not split else 2
     for output_buffers, q_stages, more in itertools.product((2, 1), (6, 5, 4, 3, 2), (1, 0)):
         stages = q_stages + more
-        smem_bytes = _smem_bytes(qk_dim, v_groups, high, in_reverse, q_stages, stages, output_buffers)
+        if q_stages < least_q_stages:
+            continue
+        smem_bytes = _smem_bytes(qk_dim, v_groups, high, in_reverse, slopes, q_stages, stages, output_buffers)
         if stages >= 3 and smem_bytes <= _MAX_SMEM_BYTES:
             tiling = (q_stages, stages, output_buffers, smem_bytes)
             return HopperPlan(
-                dtype, qk_dim, v_groups, cluster, neighbours, split, high, in_reverse, attentions, *tiling
+                dtype, qk_dim, v_groups, cluster, neighbours, split, high, in_reverse, attentions, slopes, *tiling
             )
     raise AssertionError(f"no tiling fits {_MAX_SMEM_BYTES} bytes of shared memory")
 
@@ -217,7 +238,7 @@ def num_clusters(cluster: int, num_sms: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: int) -> Tiling:
+def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: int, with_slopes: bool = False) -> Tiling:
     """Return over how many blocks to spread the work.
 
     Parameters
@@ -228,23 +249,25 @@ def tiling_for(num_heads: int, seqlen: int, qk_dim: int, v_dim: int, num_sms: in
         Tokens, and head dims.
     num_sms
         Blocks that the GPU holds at a time.
+    with_slopes
+        Whether blocks sum the slopes' gradient too, and so have no registers for two groups.
 
     Notes
     -----
     The least time of a simple model. The rule sees sizes only, so the same call on the same kind of GPU always gives
     the same bits.
     """
-    qk_dim = padded_qk_dim(qk_dim)
+    qk_dim = padded_qk_dim(qk_dim, slopes=with_slopes)
     num_chunks = max(1, -(-seqlen // _CHUNK))
-    widths = (2, 1) if v_dim > 64 and qk_dim <= 128 else (1,)
-    times = (_times(num_heads, num_chunks, qk_dim, v_dim, v_groups, num_sms) for v_groups in widths)
+    widths = (2, 1) if v_dim > 64 and qk_dim <= 128 and not with_slopes else (1,)
+    times = (_times(num_heads, num_chunks, qk_dim, v_dim, v_groups, num_sms, with_slopes) for v_groups in widths)
     return min(itertools.chain(*times), key=operator.itemgetter(0))[1]
 
 
 def _times(
-    num_heads: int, num_chunks: int, qk_dim: int, v_dim: int, v_groups: int, num_sms: int
+    num_heads: int, num_chunks: int, qk_dim: int, v_dim: int, v_groups: int, num_sms: int, in_waves: bool
 ) -> Iterator[tuple[float, Tiling]]:
-    """Estimate the microseconds that each tiling takes; `qk_dim` is padded."""
+    """Estimate the microseconds that each tiling takes; `qk_dim` is padded. Clusters may come `in_waves`."""
     num_v_blocks = -(-v_dim // (64 * v_groups))
 
     def chunk_us(least: float, num_bytes: float, num_blocks: int) -> float:
@@ -253,9 +276,11 @@ def _times(
     outputs, states = _OUTPUTS_US[qk_dim, v_groups], _STATES_US[qk_dim, v_groups]
     # k and v of a block's chunk, as many as q and o. Blocks of one head read q and k from memory once if they are a
     # cluster; else, as they drift apart, more often.
-    if v_groups == 1 < num_v_blocks and num_heads <= num_clusters(num_v_blocks, num_sms):
+    at_a_time = num_clusters(num_v_blocks, num_sms) if v_groups == 1 < num_v_blocks else 0
+    if at_a_time > 0 and (in_waves or num_heads <= at_a_time):
         num_bytes = _CHUNK * 2 * (qk_dim / num_v_blocks + 64)
-        us = num_chunks * chunk_us(outputs, 2 * num_bytes, num_heads * num_v_blocks)
+        num_waves = max(1, -(-num_heads // at_a_time))
+        us = num_chunks * num_waves * chunk_us(outputs, 2 * num_bytes, min(num_heads, at_a_time) * num_v_blocks)
         yield us + _CLUSTER_US, Tiling(v_groups, num_v_blocks)
     num_bytes = _CHUNK * 2 * (qk_dim * (1 + 1 / num_v_blocks) / 2 + 64 * v_groups)
     if num_v_blocks > 2:
@@ -299,13 +324,15 @@ def is_balanced(tiling: Tiling, num_rows: int, qk_dim: int, num_sms: int) -> boo
 # struct HopperArgs of kernels_cu/forward_sm90.cuh: the same fields in the same order.
 _ARGS = np.dtype(
     [
-        *((name, f"V{_tensor_map.NUM_BYTES}") for name in ("q", "k", "v", "o")),
+        *((name, f"V{_tensor_map.NUM_BYTES}") for name in ("q", "k", "v", "o", "primal")),
         *((name, np.uint64) for name in ("final_state", "initial_state", "workspace", "first_flag", "slopes")),
-        ("initial_strides", np.int64, 4),
+        *((name, np.uint64) for name in ("partials", "dstate")),
+        *((f"{name}_strides", np.int64, 4) for name in ("initial", "dstate")),
         ("slopes_stride", np.int64),
         *((name, np.float64) for name in ("scale", "slope")),
         *((name, np.int32) for name in ("num_rows", "seqlen", "first_length", "segment_length", "team_size")),
         *((name, np.int32) for name in ("num_heads", "qk_dim", "v_dim", "num_v_blocks", "slopes_are_double")),
+        ("max_members", np.int32),
         ("states_time", np.float32),
     ]
 )
@@ -360,22 +387,68 @@ def is_pair(first: Problem, second: Problem) -> bool:
     return fits(first) and fits(second) and first.dtype != "float32" and sizes(first) == sizes(second)
 
 
-def steps(problem: Problem, second: Problem | None = None) -> Steps:
-    """Return the one launch of a kernel, and the memory that its blocks meet in.
+class SlopesGradient(NamedTuple):
+    """What a launch needs beside its arrays to sum the gradient of the slopes, where `o` is that of q."""
 
-    The arrays of a second problem, such that `is_pair`, have names with "second_" in front.
-    """
-    problems = (problem,) if second is None else (problem, second)
-    num_heads = problem.batch * problem.num_heads * len(problems)
+    q: Layout
+    dstate_strides: tuple[int, ...] | None  # of the gradient of the final state, as the problem's initial_strides
+
+
+class _Spread(NamedTuple):
+    """How a launch is spread over blocks."""
+
+    tiling: Tiling
+    num_rows: int
+    num_v_blocks: int
+    is_unequal: bool  # each row has a team of its own size
+    grid: tuple[int, int, int]
+
+    @property
+    def num_teams(self) -> int:
+        return self.num_rows if self.is_unequal else self.grid[0]
+
+    @property
+    def max_members(self) -> int:
+        """Of one team."""
+        return self.grid[0] - self.num_rows + 1 if self.is_unequal else self.tiling.team_size
+
+
+def _spread(problem: Problem, num_attentions: int, with_slopes: bool) -> _Spread:
+    num_heads = problem.batch * problem.num_heads * num_attentions
     if problem.dtype == "float32":
         # Blocks of one group read q and k of a head from L2 again, but there are enough of them for more SMs.
         is_wide = problem.v_dim > 64 and num_heads * -(-problem.v_dim // 64) > problem.num_sms
         tiling = Tiling(2 if is_wide and problem.qk_dim <= 128 else 1)
     else:
-        tiling = tiling_for(num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
-    v_groups, team_size = tiling.v_groups, tiling.team_size
-    num_v_blocks = -(-problem.v_dim // (64 * v_groups))
+        sizes = (num_heads, problem.seqlen, problem.qk_dim, problem.v_dim, problem.num_sms)
+        tiling = tiling_for(*sizes, with_slopes)
+    num_v_blocks = -(-problem.v_dim // (64 * tiling.v_groups))
     num_rows = num_heads * num_v_blocks
+    num_teams = min(problem.num_sms // tiling.team_size, num_rows) if tiling.team_size > 1 else num_rows
+    grid = (num_teams, tiling.team_size, 1)
+    qk_dim = padded_qk_dim(problem.qk_dim, slopes=with_slopes)
+    is_unequal = problem.slopes is not None and is_balanced(tiling, num_rows, qk_dim, problem.num_sms)
+    return _Spread(tiling, num_rows, num_v_blocks, is_unequal, (problem.num_sms, 1, 1) if is_unequal else grid)
+
+
+def num_partials(problem: Problem) -> int:
+    """Return how many numbers a launch leaves for each head, whose sum is the gradient of its slope."""
+    spread = _spread(problem, 1, with_slopes=True)
+    return spread.num_v_blocks * spread.max_members * _SUMMING_WARPS
+
+
+def steps(problem: Problem, second: Problem | None = None, slopes: SlopesGradient | None = None) -> Steps:
+    """Return the one launch of a kernel, and the memory that its blocks meet in.
+
+    The arrays of a second problem, such that `is_pair`, have names with "second_" in front. For the gradient of the
+    slopes, if the head_dim of q and k is at most `MAX_SLOPES_QK_DIM`, there are arrays "primal", which is q, "dstate",
+    and "partials", float64.
+    """
+    problems = (problem,) if second is None else (problem, second)
+    spread = _spread(problem, len(problems), with_slopes=slopes is not None)
+    tiling, grid = spread.tiling, spread.grid
+    v_groups, team_size = tiling.v_groups, tiling.team_size
+    num_chunks, qk_dim = -(-problem.seqlen // _CHUNK), padded_qk_dim(problem.qk_dim, slopes=slopes is not None)
     if problem.dtype == "float32":
         plan: HopperPlan | HopperFloatPlan = float_plan_for(problem.qk_dim, v_groups, in_reverse=problem.in_reverse)
     else:
@@ -384,31 +457,35 @@ def steps(problem: Problem, second: Problem | None = None) -> Steps:
             problem.qk_dim,
             v_groups,
             cluster=tiling.cluster,
-            neighbours=neighbours_for(tiling, num_rows, -(-problem.seqlen // _CHUNK), problem.qk_dim),
+            neighbours=neighbours_for(tiling, spread.num_rows, num_chunks, qk_dim),
             split=team_size > 1,
             high=problem.high,
             in_reverse=problem.in_reverse,
             attentions=len(problems),
+            slopes=slopes is not None,
         )
-    num_teams = min(problem.num_sms // team_size, num_rows) if team_size > 1 else num_rows
-    grid = (num_teams, team_size, 1)
-    is_unequal = problem.slopes is not None and is_balanced(tiling, num_rows, plan.qk_dim, problem.num_sms)
-    if is_unequal:
-        grid = (problem.num_sms, 1, 1)
-    buffers = []
+    buffers: list[Buffer] = []
     if team_size > 2:
         # Two of each state, which rows of a team take in turn, and two flags for each group, of 8 bytes.
         num_members = grid[0] * grid[1]
-        num_floats = 2 * ((num_members - num_teams) * plan.qk_dim * 64 * v_groups + num_members * v_groups * 2)
+        num_states = (num_members - spread.num_teams) * (2 if slopes is not None else 1)
+        num_floats = 2 * (num_states * plan.qk_dim * 64 * v_groups + num_members * v_groups * 2)
         buffers.append(Buffer("workspace", (num_floats,), "float32"))
 
     template, slots = b"", []
     for each, prefix in zip(problems, ("", "second_"), strict=False):
         args = np.zeros(1, _ARGS)
         pointers: dict[str, str] = {}
-        for name, (shape, strides, _) in _arrays_of(each).items():
-            args[name] = np.void(_tensor_map.encode(each.dtype, shape, strides))
-            pointers[name] = prefix + name
+        arrays = {name: (prefix + name, *array) for name, array in _arrays_of(each).items()}
+        if slopes is not None:
+            _, like_q, *_ = arrays["o"]
+            arrays["primal"] = ("primal", like_q, *slopes.q)
+            pointers["partials"], args["max_members"] = "partials", spread.max_members
+            if slopes.dstate_strides is not None:
+                pointers["dstate"], args["dstate_strides"] = "dstate", slopes.dstate_strides
+        for field, (name, shape, strides, _) in arrays.items():
+            args[field] = np.void(_tensor_map.encode(each.dtype, shape, strides))
+            pointers[field] = name
         if each.return_state:
             pointers["final_state"] = f"{prefix}final_state"
         if each.initial_strides is not None:
@@ -420,14 +497,14 @@ def steps(problem: Problem, second: Problem | None = None) -> Steps:
             pointers["slopes"], args["slopes_are_double"] = "slopes", slopes_dtype == "float64"
         else:
             args["slope"] = each.slope
-        args["scale"], args["num_rows"], args["seqlen"] = each.scale, num_rows, each.seqlen
+        args["scale"], args["num_rows"], args["seqlen"] = each.scale, spread.num_rows, each.seqlen
         args["first_length"], args["segment_length"] = tiling.first_chunks * _CHUNK, tiling.chunks * _CHUNK
-        args["team_size"], args["states_time"] = team_size, _STATES_TIME[v_groups] if is_unequal else 0
+        args["team_size"], args["states_time"] = team_size, _STATES_TIME[v_groups] if spread.is_unequal else 0
         args["num_heads"], args["qk_dim"], args["v_dim"] = each.num_heads, each.qk_dim, each.v_dim
-        args["num_v_blocks"] = num_v_blocks
+        args["num_v_blocks"] = spread.num_v_blocks
         assert _ARGS.fields is not None
         for field, array in pointers.items():
-            offset = _ARGS.fields[field][1] + (_tensor_map.address_offset() if field in "qkvo" else 0)
+            offset = _ARGS.fields[field][1] + (_tensor_map.address_offset() if field in arrays else 0)
             slots.append((len(template) + offset, array))
         template += args.tobytes().ljust(_ARGS_BYTES, b"\0")
     launch = Launch(

@@ -501,13 +501,72 @@ def test_parts_of_a_backward_share_no_memory(play):
     steps = backward.steps_for(gradients_of(1, 8, 32_768, 128, slopes=("float32", 1), wanted=wanted))
     names = [buffer.name for buffer in steps.buffers]
     assert len(set(names)) == len(names)
-    assert {"workspace of dk and dv", "workspace of dq", "dv", "partials"} <= set(names)
+    assert {"workspace of dk and dv", "workspace of dq", "dv", "partials"} == set(names)
     taken = {name for launch in steps.launches for _, name in launch.arguments.pointers}
     assert taken <= {*names, *backward.ARRAYS, _launch.UNIQUE}
-    assert [launch.name for launch in steps.launches[-5:]] == [
-        *("slope_states", "scan", "scan"),
-        *("slope_partials", "sum_partials"),
-    ]
+    assert [launch.name for launch in steps.launches] == ["forward", "forward", "sum_partials"]
+
+
+def test_slopes_are_summed_with_dq(play):
+    play(Driver())
+    strides = {"initial_strides": (7, 5, 3, 1), "dstate_strides": (11, 9, 1, 2)}
+    steps = backward.steps_for(gradients_of(4, 32, 2000, 128, 96, slope=0.5, wanted=("dslopes",), **strides))
+    launch, sum_launch = steps.launches
+    plan = forward_sm90.plan_for("bfloat16", 96, 1, cluster=2, slopes=True)
+    assert plan.qk_dim == 128
+    assert (launch.constants, launch.block, launch.smem_bytes) == (plan.constants, (512, 1, 1), plan.smem_bytes)
+    # A number of each of 12 warps, of each of two blocks of a head.
+    partials, dq = steps.buffers
+    assert partials == _launch.Buffer("partials", (4 * 32 * 2 * 12,), "float64")
+    assert dq == _launch.Buffer("dq", (4, 2000, 32, 128), "bfloat16")
+    roles = {"q": "do", "k": "v", "v": "k", "o": "dq", "primal": "q"}
+    offsets = {name: forward_sm90._ARGS.fields[name][1] + ADDRESS for name in roles}
+    roles |= {name: name for name in ("initial_state", "dstate", "partials")}
+    offsets |= {name: forward_sm90._ARGS.fields[name][1] for name in ("initial_state", "dstate", "partials")}
+    assert dict(launch.arguments.pointers) == {offsets[name]: role for name, role in roles.items()}
+    args = np.frombuffer(launch.arguments.template[: forward_sm90._ARGS.itemsize], forward_sm90._ARGS)[0]
+    assert tuple(args["initial_strides"]) == (7, 5, 1, 3), "states of dq are transposed"
+    assert tuple(args["dstate_strides"]) == (11, 9, 2, 1)
+    assert (args["num_rows"], args["max_members"], args["num_v_blocks"]) == (256, 1, 2)
+    assert tuple(tensor_map(args, "primal")["sizes"]) == (128, 2000, 32, 4)
+
+    assert sum_launch.name == "sum_partials"
+    sum_args = np.frombuffer(sum_launch.arguments.template, backward._ARGS)[0]
+    sizes = {"batch": 4, "num_heads": 32, "num_v_blocks": 24, "num_segments": 1}
+    assert {name: sum_args[name] for name in sizes} == sizes
+
+
+def test_numbers_that_teams_leave_for_slopes(play):
+    play(Driver())
+    of = {"wanted": ("dslopes",), "qk_dim": 128}
+    launch, _ = backward.steps_for(gradients_of(1, 8, 32_768, slopes=("float32", 1), **of)).launches
+    args = np.frombuffer(launch.arguments.template[: forward_sm90._ARGS.itemsize], forward_sm90._ARGS)[0]
+    assert (launch.grid, args["num_rows"]) == ((132, 1, 1), 16)
+    assert args["max_members"] == 132 - 15, "all that the other rows leave, each of which has one"
+    steps = backward.steps_for(gradients_of(1, 8, 32_768, slope=0.1, **of))
+    args = np.frombuffer(steps.launches[0].arguments.template[: forward_sm90._ARGS.itemsize], forward_sm90._ARGS)[0]
+    assert args["max_members"] == args["team_size"] == steps.launches[0].grid[1]
+    assert steps.buffers[-2].shape == (8 * 2 * args["team_size"] * 12,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"v_dim": 136},
+        {"seqlen": 500},
+        {"batch": 1, "num_heads": 4},
+        {"q": forward.contiguous(4, 2000, 32, 128)._replace(aligned=False)},
+        {"do": forward.contiguous(4, 2000, 32, 128)._replace(aligned=False)},
+    ],
+    ids=str,
+)
+def test_slopes_that_are_not_summed_with_dq(play, options):
+    play(Driver())
+    sizes = {"batch": 4, "num_heads": 32, "seqlen": 2000, "qk_dim": 128} | options
+    steps = backward.steps_for(gradients_of(wanted=("dq", "dslopes"), **sizes))
+    assert [launch.name for launch in steps.launches][-3:-1] == ["slope_partials", "sum_partials"]
+    assert "dq" not in {buffer.name for buffer in steps.buffers}
 
 
 def test_address_that_is_not_there_in_plain_bytes(play):

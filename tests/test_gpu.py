@@ -390,7 +390,7 @@ def hopper(monkeypatch):
     def force(v_groups: int | None = None, wanted_size: int = 1, cluster: bool = True) -> list:
         launches = []
 
-        def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms):
+        def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms, with_slopes=False):
             # As many blocks as wanted, but none without tokens.
             num_chunks = -(-seqlen // 64)
             size = -(-v_dim // 64) if cluster and v_groups == wanted_size == 1 else 1

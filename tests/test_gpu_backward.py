@@ -199,14 +199,15 @@ def tiled(monkeypatch):
     def force(v_groups: int, wanted_size: int) -> list:
         launches = []
 
-        def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms):
+        def tiling(num_heads, seqlen, qk_dim, v_dim, num_sms, with_slopes=False):
             num_chunks = -(-seqlen // 64)
-            cluster = -(-v_dim // 64) if v_groups == wanted_size == 1 else 1
+            groups = 1 if with_slopes else v_groups
+            cluster = -(-v_dim // 64) if groups == wanted_size == 1 else 1
             if num_heads > forward_sm90.num_clusters(cluster, num_sms):
                 cluster = 1
             count = min(wanted_size, num_chunks)
             chunks = max(1, num_chunks // 3) if count == 2 else -(-num_chunks // count)
-            return forward_sm90.Tiling(v_groups, cluster, *forward_sm90.cut(num_chunks, count, chunks))
+            return forward_sm90.Tiling(groups, cluster, *forward_sm90.cut(num_chunks, count, chunks))
 
         def watch(problem):
             steps = steps_for(problem)
@@ -246,6 +247,76 @@ def test_tilings(rng, tiled, dtype, seqlen, tiling, head_dim, v_dim, attentions)
 def test_numbers_of_heads(rng, dtype, num_heads, head_dim):
     arrays, states = inputs(rng, (1100, num_heads, head_dim), head_dim, dtype)
     check(arrays, dtype, slopes=lightning_cupy.slopes(num_heads), **states)
+
+
+@pytest.fixture
+def summed_with_dq(monkeypatch):
+    """Have the launch for dq sum dslopes, for few tokens too."""
+    if forward.device_properties(0)[0] != 90:
+        pytest.skip("forward_sm90.cu is for compute capability 9.0")
+    monkeypatch.setattr(backward, "_MIN_SEQLEN_WITH_DQ", 0)
+    monkeypatch.setattr(backward, "_MIN_TOKENS_WITH_DQ", 0)
+    monkeypatch.setattr(_calls, "_calls", {})
+
+
+# Heads of one slope weigh alike: the error of all is not that of one whose sum happens to be small.
+@pytest.mark.parametrize(
+    ("dtype", "seqlen"),
+    [*itertools.product(["float16", "bfloat16"], [1, 600, 1000, 4500]), ("float16", 65), ("float16", 130)],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(104, 120), (72, 40)])
+def test_slopes_with_dq(rng, summed_with_dq, monkeypatch, tiled, dtype, seqlen, size, head_dim, v_dim):
+    launches = tiled(1, size)
+    arrays, states = inputs(rng, (1, seqlen, 48, head_dim), v_dim, dtype)
+    arrays = [to_gpu(x) for x in arrays]
+    states = {name: cupy.asarray(x) for name, x in states.items()}
+    for slopes, options in ((np.full(48, 0.01), states), (0.3, {})):
+        found = lightning_attention_backward(*arrays, slopes=slopes, wanted=("dq", "dslopes"), **options)
+        taken = list(launches)
+        # The kernels of dslopes alone, which the tests above hold to the reference.
+        with monkeypatch.context() as patch:
+            patch.setattr(backward, "_MIN_TOKENS_WITH_DQ", 2**62)
+            patch.setattr(_calls, "_calls", {})
+            apart = lightning_attention_backward(*arrays, slopes=slopes, wanted=("dq", "dslopes"), **options)
+        bound = STATE_GRADIENT_BOUNDS[dtype]
+        assert relative_rms(cupy.asnumpy(found.dslopes), cupy.asnumpy(apart.dslopes)) <= bound
+        assert relative_rms(cupy.asnumpy(found.dq), cupy.asnumpy(apart.dq)) <= GRADIENT_BOUNDS[dtype]
+    assert {launch.name for launch in taken[:2]} == {"forward", "sum_partials"}
+    assert dict(taken[0].constants)["SPLIT"] == (min(size, -(-seqlen // 64)) > 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(16, 64), (33, 96), (70, 128), (140, 64), (20, 200)])
+@pytest.mark.parametrize("slope", [-0.002, 1e-8, 0.05, 5.0])
+def test_slopes_with_dq_of_many_heads(rng, summed_with_dq, dtype, num_heads, head_dim, slope):
+    v_dim = min(head_dim, 128)
+    arrays, states = inputs(rng, (1, 700, num_heads, head_dim), v_dim, dtype)
+    on_gpu = [strided(x, "heads first") for x in arrays]
+    check(arrays, dtype, slopes=np.full(num_heads, slope), on_gpu=on_gpu, **states)
+
+
+def test_slopes_with_dq_alone_or_beside_others(rng, summed_with_dq):
+    arrays, states = inputs(rng, (2, 1000, 8, 128), 128, "bfloat16")
+    arrays = [to_gpu(x) for x in arrays]
+    options = {"slopes": np.full(8, 0.02)} | {name: cupy.asarray(x) for name, x in states.items()}
+    whole = lightning_attention_backward(*arrays, **options)
+    for wanted in (("dslopes",), ("dk", "dslopes"), ("dq", "dslopes")):
+        found = lightning_attention_backward(*arrays, wanted=wanted, **options)
+        assert all((getattr(found, name) is not None) == (name in wanted) for name in ALL)
+        assert all(cupy.array_equal(getattr(found, name), getattr(whole, name)) for name in wanted)
+
+
+def test_slopes_with_dq_of_teams_of_different_sizes(rng):
+    # Slopes on the device, long segments: as many members as a row gets leave numbers, the rest zeros.
+    arrays, _ = inputs(rng, (1, 60_000, 8, 128), 128, "float16", states=False)
+    slopes = cupy.asarray(lightning_cupy.slopes(8))
+    arrays = [to_gpu(x) for x in arrays]
+    found = lightning_attention_backward(*arrays, slopes=slopes, wanted=("dslopes",)).dslopes
+    for head in range(8):
+        alone = [x[:, :, head : head + 1] for x in arrays]
+        expected = lightning_attention_backward(*alone, slopes=slopes[head : head + 1], wanted=("dslopes",)).dslopes
+        assert abs(found[head] - expected[0]) <= STATE_GRADIENT_BOUNDS["float16"] * abs(expected[0])
 
 
 @pytest.mark.parametrize("preset", ["lightning2", "retnet"])
