@@ -208,7 +208,7 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
       wgmma_wait<1>();
       release(shared.q_empty[q_stage]);
 #pragma unroll
-      for (int i = 0; i < 32; i++) p[i] *= for_slopes(shared).decay_of_p[distance_of(i) + kChunk - 1];
+      for (int i = 0; i < 32; i++) p[i] *= for_slopes(shared).decay_of_p[kChunk - 1 - distance_of(i)];
     } else {
       wgmma_wait<0>();
       release(shared.q_empty[q_stage]);
@@ -253,8 +253,7 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
     }
     fence_proxy_async();
     if constexpr (kPCluster == 1) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared.p_full[buffer]);
+      arrive(shared.p_full[buffer]);
     } else {
       named_barrier(kScoresBarrier, 128);
       if (thread == rank) mbarrier_arrive(shared.p_full[buffer]);
@@ -285,7 +284,7 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
       double slope = slope_of(args, pass.head_idx), slopes_sum = 0;
       float scale = static_cast<float>(args.scale);
       if constexpr (kSlopes) {
-        int distance = thread - (kChunk - 1);
+        int distance = kChunk - 1 - thread;
         float decay = expf(static_cast<float>(-slope * max(distance, 0)));
         named_barrier(kScoresBarrier, 128);
         for_slopes(shared).decay_of_p[thread] = distance >= 0 ? scale * decay : 0;
@@ -552,8 +551,7 @@ struct Group {
     num_outputs++;
     store_outputs(shared.o[group][o_buffer], o);
     fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.o_full[group][o_buffer]);
+    arrive(shared.o_full[group][o_buffer]);
   }
 
   // Begin a chunk: o = ST qT of the back part, while products of the chunk before, if any, are under way.
@@ -658,8 +656,7 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       load_segment(group.state, group.units, of_group(states_of(schedule, idx / 2)) + (member - 1) * kStateSize);
     } else if (!has_state) {
       const HopperArgs& arrays = schedule.args_of(pass);
-      bool is_first = !kSplit || (member == (is_pair && !pass.outputs ? 1 : 0) && pass.first_token == 0);
-      bool exists = arrays.initial_state != nullptr && is_first;
+      bool exists = arrays.initial_state != nullptr && schedule.begins_sequence(pass);
       load_initial_state(group.state, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass), exists);
       group.units = {};
     }
@@ -673,6 +670,9 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
         store_final_state(group.state, group.units, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
       if constexpr (kSlopes) {
+        if (args.dstate != nullptr && schedule.is_last()) {
+          group.slopes_sum += (group.mean - 1) * times_dstate(group.state, group.units, args, pass);
+        }
         store_partial(schedule, pass, threadIdx.x % 128 / 32, group.slopes_sum);
         group.slopes_sum = 0;
       }
@@ -684,11 +684,11 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
       // A graph that is launched again finds the flags that it left, with the same values. So they are cleared:
       // kScanned before anybody looks for it, kAdded when all have seen it.
       if (idx == 0) clear_flag(schedule, kScanned, group_idx);
-      if constexpr (kSlopes) named_barrier(kBothBarrier, 256);
+      if constexpr (kSlopes) mbarrier_wait(for_slopes(shared).stored, idx / 2 % 2);
       meet_team(schedule, kAdded, idx, group_idx);
       scan(schedule, states, group_idx, shared.segment_decay[group_idx]);
       meet_team(schedule, kScanned, idx, group_idx);
-      if constexpr (kSlopes) named_barrier(kBothBarrier, 256);
+      if constexpr (kSlopes) arrive(for_slopes(shared).scanned);
       if (idx + 2 == schedule.num_passes()) clear_flag(schedule, kAdded, group_idx);
     }
   }
@@ -722,6 +722,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
       mbarrier_init(for_slopes(shared).full[buffer], 4);
       mbarrier_init(for_slopes(shared).empty[buffer], 4);
     }
+    mbarrier_init(for_slopes(shared).stored, 4);
+    mbarrier_init(for_slopes(shared).scanned, 4);
   }
   fence_mbarrier_init();
 }

@@ -12,7 +12,9 @@ constexpr int kThreads = 128 * (2 + kGroups + kSlopes), kPBuffers = 2;
 struct Registers {
   int producer, scores, group, slopes;
 };
-constexpr Registers kRegisters = kSlopes ? (kTwoParts ? Registers{32, 104, 208, 168} : Registers{40, 112, 200, 160})
+constexpr Registers kWithSlopes = !kTwoParts ? Registers{40, 112, 200, 160}
+                                  : kBfloat16 ? Registers{32, 96, 208, 176} : Registers{24, 96, 208, 184};
+constexpr Registers kRegisters = kSlopes ? kWithSlopes
                                  : kGroups == 2 ? Registers{40, 72, 200, 0} : Registers{72, 128, 256, 0};
 static_assert(128 * (kRegisters.producer + kRegisters.scores + kGroups * kRegisters.group + kRegisters.slopes) <= 65536,
               "an SM has 65536 registers");
@@ -22,7 +24,7 @@ static_assert(kCluster == 1 || (!kSplit && kGroups == 1), "a cluster is the bloc
 static_assert(kNeighbours == 1 || (!kSplit && kCluster == 1), "a cluster of neighbours is one block of each row");
 
 // Numbers of barriers; groups have kGroupBarrier and the next.
-constexpr int kGroupBarrier = 1, kScoresBarrier = 3, kSlopesBarrier = 4, kBothBarrier = 5;
+constexpr int kGroupBarrier = 1, kScoresBarrier = 3, kSlopesBarrier = 4;
 constexpr int kPTiles = kHigh ? 2 : 1, kHandedOver = kTwoParts ? 3 : 2;
 constexpr int kLengths = kReversed ? 2 : 1;  // of chunks, for outputs
 
@@ -44,8 +46,9 @@ struct ForSlopes {
   float4 states[kHandedOver][8][128];
   RowUnits units[kHandedOver][128];
   Decay decay_of_q, decay_of_v;
-  float decay_of_p[2 * kChunk];  // scale decay^(i-j), 0 above the diagonal, at i - j + kChunk - 1
+  float decay_of_p[2 * kChunk];  // scale decay^(i-j), 0 above the diagonal, at j - i + kChunk - 1
   uint64_t full[kHandedOver], empty[kHandedOver];
+  uint64_t stored, scanned;  // SPLIT: what a row's segment adds to aged states; all of its states are there
 };
 template <bool kExists>
 struct InFront : ForSlopes {};
@@ -72,6 +75,12 @@ struct Shared : InFront<kSlopes> {
 };
 static_assert(sizeof(Shared) <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 __device__ __forceinline__ ForSlopes& for_slopes(Shared& shared) { return reinterpret_cast<ForSlopes&>(shared); }
+
+// All lanes of a warp have done what others wait for.
+__device__ __forceinline__ void arrive(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
 
 // One warp has used a stage: the first lanes tell the blocks of the cluster.
 __device__ __forceinline__ void release(uint64_t& empty) {
@@ -173,6 +182,11 @@ struct Schedule {
   // Two members need no exchange.
   __device__ __forceinline__ bool is_pair() const { return kSplit && args.team_size == 2; }
   __device__ __forceinline__ bool is_last() const { return !kSplit || team.member == team.size - 1; }
+
+  // Whether a pass starts from the initial state, of those that take no state over.
+  __device__ __forceinline__ bool begins_sequence(const Pass& pass) const {
+    return !kSplit || (team.member == (is_pair() && !pass.outputs ? 1 : 0) && pass.first_token == 0);
+  }
 
   __device__ __forceinline__ Pass operator[](int idx) const {
     Pass pass;

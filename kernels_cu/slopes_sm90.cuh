@@ -4,21 +4,21 @@
 //   -dslope = sum of (i - j) scale decay^(i-j) (q_i k_j) (do_i v_j) over j <= i
 //
 // For two tokens of one chunk that is summed as it stands. For others, with n tokens in a chunk, p their positions in
-// theirs, S the state in front of the chunk of i, and T the same sum with each term times its age there:
+// theirs, S the state in front of the chunk of i, and T the same sum with each term times its age there, less m' tokens:
 //
-//   sum of (i - j) P_ij (q_i k_j) + sum of (p_i + 1 - m) q_i (w S do_i) + <T + m S, sum of w q_i doT_i>
-//   T = decay^n (T + n S) + sum of (n-1-p_j) decay^(n-1-p_j) k_j vT_j                           w = scale decay^(p_i+1)
+//   sum of (i - j) P_ij (q_i k_j) + sum of (p_i + 1 - m) q_i (w S do_i) + <T + (m + m') S, sum of w q_i doT_i>
+//   T = decay^n (T + n S) + sum of (n-1-p_j - m') decay^(n-1-p_j) k_j vT_j                      w = scale decay^(p_i+1)
 //
-// and <dS, T> behind the end. The first is summed by the scores warpgroup, the second by the group, from what it has of
-// dq, the third by a warpgroup of its own, which has T in registers as the group has S. Weights count tokens, and are
-// never differences of large ones, in which heads that forget fast would lose all digits. Rounded to 16 bits are S in
-// the second sum, as it is for dq, and where head dims are large what is added to T. m, the mean of p + 1 with the
-// weights w^2, makes the least of the former. So bfloat16 has an error of up to 1e-3 of what such sums come to where
-// signs are random, float16 of 1e-4.
+// and <dS, T + m' S> behind the end. The first is summed by the scores warpgroup, the second by the group, from what it
+// has of dq, the third by a warpgroup of its own, which has T in registers as the group has S. Weights count tokens of
+// a chunk, and are never differences of large ones, in which heads that forget fast would lose all digits. Rounded to 16
+// bits are S in the second sum, as it is for dq, and where head dims are large what is added to T. m and m', the means
+// of p + 1 and n-1-p with the squares of their decays as weights, make the least of both. So bfloat16 has an error of
+// up to 1e-3 of what such sums come to where signs are random, float16 of 1e-4.
 #pragma once
 #include "schedule_sm90.cuh"
 
-// m above, where chunks are whole or there is one.
+// m above, where chunks are whole or there is one; m' is one less.
 __device__ __forceinline__ float mean_position(double slope, int seqlen) {
   float s = 2 * fabsf(static_cast<float>(slope)), n = min(seqlen, kChunk);
   if (s < 1e-3f) return (n + 1) * 0.5f;
@@ -88,11 +88,28 @@ struct Giver {
           float4{x[quad * 4], x[quad * 4 + 1], x[quad * 4 + 2], x[quad * 4 + 3]};
     }
     if constexpr (!kBfloat16) to.units[ring.stage][threadIdx.x % 128] = units;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(to.full[ring.stage]);
+    arrive(to.full[ring.stage]);
     ring.advance();
   }
 };
+
+// <dS, state> behind the end of the sequence: this thread's part.
+__device__ __forceinline__ double times_dstate(const State& state, const RowUnits& units, const HopperArgs& args,
+                                               const Pass& pass) {
+  const StateStrides& strides = args.dstate_strides;
+  StateView<float> dstate = {args.dstate + pass.batch_idx * strides.batch + pass.head_idx * strides.head,
+                             strides.qk_dim, strides.v_dim, args.qk_dim, args.v_dim};
+  uint32_t thread = threadIdx.x % 128;
+  forget_origin(thread);
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < kQkDim / 2; i++) {
+    StateIndex idx(pass.v_block * 64, i, thread);
+    float x = state[i] * units.unit[i / 2 % 2];
+    if (x != 0) sum += static_cast<double>(x) * dstate(idx.k_idx, idx.v_idx);
+  }
+  return sum;
+}
 
 // Where products are many, what v is rounded by is left out of T, which would take a seventh of the time.
 constexpr bool kRoundedV = kTwoParts;
@@ -116,14 +133,16 @@ struct Aging {
     named_barrier(kSlopesBarrier, 128);
     if (thread < kChunk) {
       fill<kFromStart>(for_slopes(shared).decay_of_q, thread, slope, static_cast<float>(args.scale), args.seqlen);
-      fill<kAgedToEnd>(for_slopes(shared).decay_of_v, thread, slope, 1, args.seqlen);
+      fill<kAgedToEnd>(for_slopes(shared).decay_of_v, thread, slope, 1 - mean, args.seqlen);
     }
     named_barrier(kSlopesBarrier, 128);
   }
 
-  __device__ __forceinline__ void clear() {
+  // T in front of a pass that takes none over: the terms of an initial state have no age.
+  __device__ __forceinline__ void load_initial(const Pass& pass, bool exists) {
+    load_initial_state(aged, args, pass.batch_idx, pass.head_idx, pass.v_block * 64, exists);
 #pragma unroll
-    for (int i = 0; i < kQkDim / 2; i++) aged[i] = 0;
+    for (int i = 0; i < kQkDim / 2; i++) aged[i] *= 1 - mean;
     units = {};
   }
 
@@ -135,38 +154,49 @@ struct Aging {
     decay_v(v, units, loaded);
   }
 
-  // What a factor of S is for rows in other units.
-  __device__ __forceinline__ void to_units(float (&factor)[2], const RowUnits& to, int stage) const {
+  // Wait for the next part of S; what its rows are to be multiplied by to have the units of T.
+  __device__ __forceinline__ RowUnits wait_for_part() const {
+    const ForSlopes& from = for_slopes(shared);
+    mbarrier_wait(for_slopes(shared).full[state_ring.stage], state_ring.parity());
+    RowUnits ratio;
     if constexpr (!kBfloat16) {
-      const RowUnits& from = for_slopes(shared).units[stage][thread];
-      for (int half = 0; half < 2; half++) factor[half] *= from.unit[half] / to.unit[half];
+      for (int half = 0; half < 2; half++) {
+        ratio.unit[half] = __fdividef(from.units[state_ring.stage][thread].unit[half], units.unit[half]);
+      }
     }
+    return ratio;
   }
 
-  // A part of decay^n (T + n S), in units of v.
-  template <class Part>
-  __device__ __forceinline__ void age(const DecayedV& v, int num_tokens) {
-    ForSlopes& from = for_slopes(shared);
-    int stage = state_ring.stage;
-    mbarrier_wait(from.full[stage], state_ring.parity());
-    float decay = from.decay_of_v.state[num_tokens < kChunk], factor[2] = {num_tokens * decay, num_tokens * decay};
-    to_units(factor, v.units, stage);
+  // A part of T becomes T + n S. The sum of its products with T + (m + m') S, if there are any.
+  template <class Part, bool kSum = true>
+  __device__ __forceinline__ float age(int num_tokens, const float (&products)[32] = {}, const RowUnits& q_units = {}) {
+    const RowUnits ratio = wait_for_part();
+    const float4(&part)[8][128] = for_slopes(shared).states[state_ring.stage];
+    const float means = kSum ? 2 * mean - 1 : 0;
     float* t = Part::of(aged);
+    float sums[4] = {};
 #pragma unroll
     for (int quad = 0; quad < Part::kDim / 8; quad++) {
-      float4 state = from.states[stage][quad][thread];
-      t[quad * 4] = v.state_factor[0] * t[quad * 4] + factor[0] * state.x;
-      t[quad * 4 + 1] = v.state_factor[0] * t[quad * 4 + 1] + factor[0] * state.y;
-      t[quad * 4 + 2] = v.state_factor[1] * t[quad * 4 + 2] + factor[1] * state.z;
-      t[quad * 4 + 3] = v.state_factor[1] * t[quad * 4 + 3] + factor[1] * state.w;
+      float4 state = part[quad][thread];
+      const float s[4] = {state.x, state.y, state.z, state.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float& x = t[quad * 4 + i];
+        if (kSum) {
+          x += means * ratio.unit[i / 2] * s[i];
+          forget_origin(x);  // in place, or ptxas keeps both
+          sums[i] += products[quad * 4 + i] * x;
+        }
+        x += (num_tokens - means) * ratio.unit[i / 2] * s[i];
+      }
     }
     give_back();
+    return (sums[0] + sums[1]) * q_units.unit[0] * units.unit[0] + (sums[2] + sums[3]) * q_units.unit[1] * units.unit[1];
   }
 
   // The next part of S is done with.
   __device__ __forceinline__ void give_back() {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(for_slopes(shared).empty[state_ring.stage]);
+    arrive(for_slopes(shared).empty[state_ring.stage]);
     state_ring.advance();
   }
 
@@ -175,38 +205,14 @@ struct Aging {
     give_back();
   }
 
-  // Begin T += what the chunk adds.
+  // Begin T = decay^n T and what the chunk adds.
   __device__ __forceinline__ void add(const DecayedV& v) {
+    scale_state(aged, v.state_factor);
     mbarrier_wait(shared.k_full[ring.stage], ring.parity());
     if constexpr (kTwoParts) update_state<Back, kRoundedV>(aged, v, shared.k[ring.stage]);
     update_state<Front, kRoundedV>(aged, v, shared.k[ring.stage]);
     units = v.units;
     ring.advance();
-  }
-
-  // A part of <T + m S, decayed q doT>, of products that are complete; `ahead` parts of S are in front of it.
-  template <class Part>
-  __device__ __forceinline__ float sum_part(const float (&products)[32], const RowUnits& q_units, int ahead) {
-    ForSlopes& from = for_slopes(shared);
-    Ring<kHandedOver> ring = state_ring;
-    ring.skip(ahead);
-    mbarrier_wait(from.full[ring.stage], ring.parity());
-    float factor[2] = {mean, mean}, sums[4] = {};
-    to_units(factor, units, ring.stage);
-    const float* t = Part::of(aged);
-#pragma unroll
-    for (int quad = 0; quad < Part::kDim / 8; quad++) {
-      float4 state = from.states[ring.stage][quad][thread];
-      sums[0] += products[quad * 4] * (t[quad * 4] + factor[0] * state.x);
-      sums[1] += products[quad * 4 + 1] * (t[quad * 4 + 1] + factor[0] * state.y);
-      sums[2] += products[quad * 4 + 2] * (t[quad * 4 + 2] + factor[1] * state.z);
-      sums[3] += products[quad * 4 + 3] * (t[quad * 4 + 3] + factor[1] * state.w);
-    }
-    float sum[2] = {sums[0] + sums[1], sums[2] + sums[3]};
-    if constexpr (!kBfloat16) {
-      for (int half = 0; half < 2; half++) sum[half] *= q_units.unit[half] * units.unit[half];
-    }
-    return sum[0] + sum[1];
   }
 
   // Begin a part of decayed q doT.
@@ -231,7 +237,7 @@ struct Aging {
     LoadedV loaded;
     take_q(loaded, ring);
     while (true) {
-      DecayedV q, v;
+      DecayedV q;
       if constexpr (kQkDim < 128) wgmma_wait<0>();
       decay_v(q, {}, loaded);
       wgmma_wait<0>();
@@ -241,27 +247,27 @@ struct Aging {
         if constexpr (kTwoParts) skip_part();  // compute_outputs has begun another chunk, for nothing
         break;
       }
+      const int num_tokens = min(num_tokens_left, kChunk);
       mbarrier_wait(shared.q_full[q_ring.stage], q_ring.parity());
       float sum = 0, products[32];  // these for both parts, or ptxas does not find the registers
       if constexpr (kTwoParts) {
         multiply<Back>(products, q);
         wgmma_wait<0>();
-        sum += sum_part<Back>(products, q.units, 0);
+        sum += age<Back>(num_tokens, products, q.units);
       }
       multiply<Front>(products, q);
       wgmma_wait<0>();
       release(shared.q_empty[q_ring.stage]);
-      sum += sum_part<Front>(products, q.units, kTwoParts);
+      DecayedV v;
+      if constexpr (!kTwoParts) take_v(v, num_tokens);  // early, where registers suffice
+      sum += age<Front>(num_tokens, products, q.units);
       total += static_cast<double>(sum);
-      const int num_tokens = min(num_tokens_left, kChunk);
-      take_v(v, num_tokens);
-      if constexpr (kTwoParts) age<Back>(v, num_tokens);
-      age<Front>(v, num_tokens);
       // Behind the last chunk that one's again, for nothing.
       KvRing next = ring;
       num_tokens_left -= kChunk;
       if (num_tokens_left > 0) next.advance();
       take_q(loaded, next);
+      if constexpr (kTwoParts) take_v(v, num_tokens);
       add(v);
       q_ring.advance();
     }
@@ -269,29 +275,14 @@ struct Aging {
 
   __device__ __forceinline__ void add_segment(const Pass& pass) {
     for (int num_tokens_left = pass.num_tokens; num_tokens_left > 0; num_tokens_left -= kChunk) {
-      DecayedV v;
       int stage = ring.stage;
+      if constexpr (kTwoParts) age<Back, false>(kChunk);
+      age<Front, false>(kChunk);
+      DecayedV v;
       take_v(v, kChunk);
-      if constexpr (kTwoParts) age<Back>(v, kChunk);
-      age<Front>(v, kChunk);
       add(v);
       wgmma_wait<0>();
       release(shared.kv_empty[stage]);
-    }
-  }
-
-  // <dS, T> behind the end of the sequence.
-  __device__ __forceinline__ void sum_dstate(const Pass& pass) {
-    const StateStrides& strides = args.dstate_strides;
-    StateView<float> dstate = {args.dstate + pass.batch_idx * strides.batch + pass.head_idx * strides.head,
-                               strides.qk_dim, strides.v_dim, args.qk_dim, args.v_dim};
-    uint32_t origin = thread;
-    forget_origin(origin);
-#pragma unroll
-    for (int i = 0; i < kQkDim / 2; i++) {
-      StateIndex idx(pass.v_block * 64, i, origin);
-      float t = aged[i] * units.unit[i / 2 % 2];
-      if (t != 0) total += static_cast<double>(t) * dstate(idx.k_idx, idx.v_idx);
     }
   }
 };
@@ -303,20 +294,25 @@ __device__ __forceinline__ void sum_slopes(Shared& shared, const HopperArgs& arg
     Pass pass = schedule[idx];
     const bool is_pair = schedule.is_pair();
     if (!pass.outputs || !kSplit) aging.set_decay(pass.head_idx);
-    if (!pass.outputs || member == 0 || !kSplit) aging.clear();
+    if (!pass.outputs || member == 0 || !kSplit) {
+      aging.load_initial(pass, args.initial_state != nullptr && schedule.begins_sequence(pass));
+    }
     float* states = states_of(schedule, idx / 2) + (schedule.team.size - 1) * kStateSize;
     if (pass.outputs) {
       if (kSplit && !is_pair && member > 0) load_segment(aging.aged, aging.units, states + (member - 1) * kStateSize);
       aging.total = 0;
       aging.sum_outputs(pass);
-      if (args.dstate != nullptr && schedule.is_last()) aging.sum_dstate(pass);
+      if (args.dstate != nullptr && schedule.is_last()) {
+        aging.total += times_dstate(aging.aged, aging.units, args, pass);
+      }
       store_partial(schedule, pass, 8 + aging.warp, aging.total);
     } else if constexpr (kSplit) {
       aging.add_segment(pass);
       if (is_pair) continue;
       if (!schedule.is_last()) store_segment(aging.aged, aging.units, states + member * kStateSize);
-      named_barrier(kBothBarrier, 256);  // the group tells others
-      named_barrier(kBothBarrier, 256);  // and has heard from all
+      // The group tells others, and hears from all.
+      arrive(for_slopes(shared).stored);
+      mbarrier_wait(for_slopes(shared).scanned, idx / 2 % 2);
     }
   }
 }

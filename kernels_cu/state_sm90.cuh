@@ -45,23 +45,24 @@ struct Decay {
   float state[2], v_growth[2];  // decay^num_tokens; float16: the largest of v, at least about 1
 };
 
-// What v is decayed by. kAgedToEnd: times the tokens that it takes, as the slopes' gradient has it (slopes_sm90.cuh).
-enum Kind { kToEnd, kFromStart, kAgedToEnd };  // decay^(num_tokens-1-j), scale decay^(j+1)
+// What v is decayed by: decay^(num_tokens-1-j); scale decay^(j+1); and, as the slopes' gradient has it
+// (slopes_sm90.cuh), the first times num_tokens-1-j + age.
+enum Kind { kToEnd, kFromStart, kAgedToEnd };
 
 // By the first 64 threads of a warpgroup.
 template <Kind kKind>
-__device__ __forceinline__ void fill(Decay& decay, int thread, double slope, float scale, int seqlen) {
+__device__ __forceinline__ void fill(Decay& decay, int thread, double slope, float scale_or_age, int seqlen) {
   auto power = [&](int exponent) { return expf(static_cast<float>(-slope * exponent)); };
   int which = thread / 32, pair = thread % 32, num_tokens = which == 0 ? kChunk : (seqlen - 1) % kChunk + 1;
   float growth = kBfloat16 ? 1 : fmaxf(power(kKind == kFromStart ? num_tokens : num_tokens - 1), 1.0f);
-  if (kKind == kFromStart && !kBfloat16) growth *= fmaxf(fabsf(scale), kLeastScale);
+  if (kKind == kFromStart && !kBfloat16) growth *= fmaxf(fabsf(scale_or_age), kLeastScale);
   if (kKind == kAgedToEnd && !kBfloat16) growth *= kChunk;
   float factor[2];
   // Behind the end there are zeros, which no decay may make NaN.
   for (int i = 0; i < 2; i++) {
     int token = 2 * pair + i, behind = max(num_tokens - 1 - token, 0);
-    factor[i] = kKind == kFromStart ? scale * power(min(token + 1, num_tokens)) : power(behind);
-    if (kKind == kAgedToEnd) factor[i] *= behind;
+    factor[i] = kKind == kFromStart ? scale_or_age * power(min(token + 1, num_tokens)) : power(behind);
+    if (kKind == kAgedToEnd) factor[i] *= behind + scale_or_age;
     factor[i] /= growth;
   }
   uint2& packed = decay.v[which][pair];

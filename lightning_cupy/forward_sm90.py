@@ -90,7 +90,7 @@ def _smem_bytes(
     """Bytes of `Shared`, in its order."""
     decay = 2 * 32 * 8 + 4 * 4
     buffers = 3 if qk_dim > 64 else 2
-    for_slopes = slopes * (buffers * (64 * 64 * 4 + 128 * 8 + 2 * 8) + 2 * decay + 2 * 64 * 4)
+    for_slopes = slopes * (buffers * (64 * 64 * 4 + 128 * 8 + 2 * 8) + 2 * decay + 2 * 64 * 4 + 2 * 8)
     for_slopes = -(-for_slopes // 1024) * 1024
     blocks = -(-qk_dim // 64)
     tiles = q_stages * blocks + stages * (blocks + v_groups * (1 + slopes))
