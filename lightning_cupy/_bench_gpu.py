@@ -13,7 +13,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -88,6 +88,10 @@ class Timing:
     min: float
     p90: float
     num_repeats: int
+
+
+def _timing_of(times: Sequence[float]) -> Timing:
+    return Timing(float(np.median(times)), min(times), float(np.percentile(times, 90)), len(times))
 
 
 class Inputs:
@@ -313,36 +317,48 @@ class Gpu:
         RuntimeError
             When no delay is long enough, since the call waits for the device.
         """
+        return self.time_in_turn([call], seconds)[0]
+
+    def time_in_turn(self, calls: Sequence[Call], seconds: float) -> list[Timing]:
+        """Time calls as `time` does, for as many seconds each, but in turn: at clocks that are the same for all.
+
+        Raises
+        ------
+        RuntimeError
+            When no delay is long enough, since the call waits for the device.
+        """
         import cupy
 
-        call()  # compiled, tuned
+        for call in calls:
+            call()  # compiled, tuned
         self.device.synchronize()
         start = time.perf_counter()
-        call()
+        for call in calls:
+            call()
         queued = time.perf_counter()
         self.device.synchronize()
-        num_repeats = max(7, min(51, int(seconds / (time.perf_counter() - start))))
+        num_repeats = max(7, min(51, int(len(calls) * seconds / (time.perf_counter() - start))))
         delay = 2 * (queued - start) + 2e-5
-        repeats: list[tuple[Any, Any]] = []
+        repeats: list[list[tuple[Any, Any]]] = [[] for _ in calls]
         for _ in range(2 * num_repeats + 20):
-            self.flush()
-            self.launch("wait", 1, np.int64(delay * _CYCLES_PER_S), num_threads=1)
-            before, after = cupy.cuda.Event(), cupy.cuda.Event()
-            before.record()
-            call()
-            has_begun = before.done
-            after.record()
-            if has_begun:
-                delay = min(2 * delay, 0.1)
-            else:
-                repeats.append((before, after))
-            if len(repeats) == num_repeats:
+            for call, of_call in zip(calls, repeats, strict=True):
+                self.flush()
+                self.launch("wait", 1, np.int64(delay * _CYCLES_PER_S), num_threads=1)
+                before, after = cupy.cuda.Event(), cupy.cuda.Event()
+                before.record()
+                call()
+                has_begun = before.done
+                after.record()
+                if has_begun:
+                    delay = min(2 * delay, 0.1)
+                else:
+                    of_call.append((before, after))
+            if min(map(len, repeats)) >= num_repeats:
                 break
         self.device.synchronize()
-        if len(repeats) < num_repeats:
+        if min(map(len, repeats)) < num_repeats:
             raise RuntimeError("the call waits for the device, so its time there alone cannot be told")
-        times = [float(cupy.cuda.get_elapsed_time(before, after)) for before, after in repeats]
-        return Timing(float(np.median(times)), min(times), float(np.percentile(times, 90)), num_repeats)
+        return [_timing_of([float(cupy.cuda.get_elapsed_time(*events)) for events in of_call]) for of_call in repeats]
 
     def host_us(self, call: Call) -> float:
         """Wall time per call, back to back, without waiting for the device."""

@@ -65,7 +65,7 @@ GRADIENT_SHAPES = (
     *(Shape.of(1, 8, seqlen, 128) for seqlen in (32_768, 131_072)),
     *(Shape.of(2, 12, 2048, head_dim) for head_dim in (96, 192, 256)),
 )
-_QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for a minute
+_QUICK_PEERS = ("sdpa", "naive")  # the others compile first, and one of them tunes itself for minutes
 _SECONDS, _QUICK_SECONDS = 0.3, 0.1  # of repeats for each time
 
 _MORE = ("dinitial_state", "dslopes")
@@ -95,7 +95,7 @@ class Row:
     error: float | None = None  # relative RMS, the worst of all results; None where one has NaN, or there is none
     ours: Timing | None = None
     floor: Timing | None = None  # of the kernel that only reads q, k, v and writes o, and of the backward likewise
-    more: dict[str, Timing] = dataclasses.field(default_factory=dict)  # ours, where more gradients are asked for
+    more: dict[str, float] = dataclasses.field(default_factory=dict)  # what more gradients add to the time, of it
     memory: float | None = None  # beyond results, over the inputs' bytes
     peers: dict[str, Timing] = dataclasses.field(default_factory=dict)  # by name and by variant
     peer_errors: dict[str, float | None] = dataclasses.field(default_factory=dict)
@@ -120,7 +120,6 @@ class Row:
             "tflops": self.shape.flop(self.op) / self.ours.median / 1e9,
             "gb_per_s": self.shape.num_bytes(self.dtype, self.op) / self.ours.median / 1e6,
             "share": self.floor.median / self.ours.median,
-            "more": {name: timing.median / self.ours.median - 1 for name, timing in self.more.items()},
             "ratios": {name: timing.median / self.ours.median for name, timing in self.peers.items()},
         }
 
@@ -137,7 +136,7 @@ class Row:
         else:
             cells += ["-"] * 4
         if self.op == "backward":
-            cells += [percent(numbers.get("more", {}).get(name), "+") for name in _MORE]
+            cells += [percent(self.more.get(name), "+") for name in _MORE]
         if self.op != "forward":
             cells += [percent(self.memory)]
         for name in peers:
@@ -481,7 +480,9 @@ def _measure(
         if not row.passed:
             return row
         row.ours, row.floor = gpu.time(case.call, seconds), gpu.time(case.floor, seconds)
-        row.more = {name: gpu.time(call, seconds) for name, call in case.more().items()}
+        for name, call in case.more().items():
+            without, with_more = gpu.time_in_turn([case.call, call], seconds)
+            row.more[name] = with_more.median / without.median - 1
         if op != "forward" and gpu.torch is not None:
             row.memory = case.x.extra_memory(case.call)
     except (MemoryError, RuntimeError) as error:
@@ -489,7 +490,7 @@ def _measure(
             raise
         return Row(shape, dtype, op, problems={"memory": "does not fit in memory"})
     for name in peers:
-        tunes = ", which tunes itself for up to a minute" if name == "fla" else ""
+        tunes = ", which tunes itself for minutes" if name == "fla" else ""
         bar.set_postfix_str(f"{shape} {dtype}: {name}{tunes}")
         _measure_peer(gpu, name, case, expected, seconds, row)
     return row

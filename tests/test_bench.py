@@ -109,6 +109,9 @@ class FakeGpu:
         ms = 1.0 if call.__name__.startswith("stream") else 3.0 if call.__defaults__ else 2.0
         return bench.Timing(ms, ms, ms, 7)
 
+    def time_in_turn(self, calls, seconds) -> list[bench.Timing]:
+        return [self.time(call, seconds) for call in calls]
+
     def environment(self) -> dict[str, str]:
         return {"GPU": "Fake GPU", "driver": "1.2", "CUDA": "12.9"}
 
@@ -452,6 +455,12 @@ def test_repeats_each_follow_a_flush_that_reads(monkeypatch):
     assert timing == bench.Timing(2.0, 2.0, 2.0, 7), "of a slow call, few repeats"
     names = [step if isinstance(step, str) else step[0] for step in queued]
     assert names == ["call", "call", *("flush", "wait", "event", "call", "event") * 7]
+    queued_before = len(queued)
+    calls = [lambda name=name: queued.append(name) for name in ("this", "that")]
+    assert _bench_gpu.Gpu(None).time_in_turn(calls, 0.0) == 2 * [timing]
+    names = [step if isinstance(step, str) else step[0] for step in queued[queued_before:]]
+    turn = [step for name in ("this", "that") for step in ("flush", "wait", "event", name, "event")]
+    assert names == ["this", "that", "this", "that", *7 * turn], "at the same clocks"
     _, (num_blocks, *_), (num_threads, *_), (zeros, num_vectors) = queued[2]
     assert (num_threads, type(num_vectors)) == (128, np.int64)
     assert zeros.nbytes == 16 * num_vectors >= 2 * l2_bytes
