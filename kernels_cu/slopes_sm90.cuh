@@ -118,7 +118,7 @@ constexpr bool kRoundedV = kTwoParts;
 struct Aging {
   Shared& shared;
   const HopperArgs& args;
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int thread = threadIdx.x % 128, warp = threadIdx.x % 128 / 32;
   QRing q_ring;
   KvRing ring;
   Ring<kHandedOver> state_ring;
