@@ -265,8 +265,9 @@ def lightning_attention_backward(
     dstate : array, shape of the state, optional
         Gradient of the state behind the last token, in float32 (float64 for float64 inputs); zeros by default.
     wanted : collection of names of fields of the result, optional
-        What to compute; the rest is None, and costs nothing. By default "dq", "dk" and "dv", with "dinitial_state" if
-        there is an `initial_state`, and "dslopes" if there are `slopes`.
+        What to compute; the rest is None, and costs nothing, but that a GPU may make dv for "dinitial_state" and dq for
+        "dslopes", for itself. By default "dq", "dk" and "dv", with "dinitial_state" if there is an `initial_state`,
+        and "dslopes" if there are `slopes`.
 
     Returns
     -------
