@@ -181,7 +181,7 @@ constexpr int kScoresFactors = kSlopes ? 1 : 32;
 // P of all chunks of a pass; blocks of a cluster take turns, each making it for all of them. With SLOPES each makes it
 // for itself, and sums this block's part of two tokens' products; decays are read again each time.
 __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, int rank, QRing& q_ring, KvRing& ring,
-                                            int& p_uses, const float (&factor)[kScoresFactors], double& slopes_sum) {
+                                            int& p_uses, const float (&factor)[kScoresFactors], LongSum& slopes_sum) {
   int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   for (int chunk = 0; chunk < pass.num_chunks(); chunk++, q_ring.advance(), ring.advance(), p_uses++) {
     int q_stage = q_ring.stage, stage = ring.stage;
@@ -267,7 +267,7 @@ __device__ __forceinline__ void make_scores(Shared& shared, const Pass& pass, in
     if constexpr (kSlopes) {
       wgmma_wait<0>();
       release(shared.kv_empty[stage]);
-      slopes_sum += sum_aged(p, p_units, products);
+      slopes_sum.add(sum_aged(p, p_units, products));
     }
   }
 }
@@ -281,7 +281,8 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
     Pass pass = schedule[idx];
     if (pass.outputs) {
       float factor[kScoresFactors];
-      double slope = slope_of(args, pass.head_idx), slopes_sum = 0;
+      double slope = slope_of(args, pass.head_idx);
+      LongSum slopes_sum;
       float scale = static_cast<float>(args.scale);
       if constexpr (kSlopes) {
         int distance = kChunk - 1 - thread;
@@ -300,7 +301,7 @@ __device__ __forceinline__ void score_passes(Shared& shared, const HopperArgs& a
         }
       }
       make_scores(shared, pass, schedule.rank, q_ring, ring, p_uses, factor, slopes_sum);
-      if constexpr (kSlopes) store_partial(schedule, pass, 4 + thread / 32, slopes_sum);
+      if constexpr (kSlopes) store_partial(schedule, pass, 4 + thread / 32, slopes_sum.value());
     } else {
       ring.skip(pass.num_chunks());
     }
@@ -325,8 +326,8 @@ struct StateOperands {
   }
 };
 
-__device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32]) {
-  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_outputs(Tile& tile, const float (&o)[32], uint32_t thread) {
+  int warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {  // of 8 tokens
     uint32_t packed[4];
@@ -345,7 +346,8 @@ constexpr bool kEarly = kTwoParts && kGroups == 1 && !kSlopes && kQkDim <= 128;
 struct Group {
   Shared& shared;
   const HopperArgs& args;
-  const int group, thread = threadIdx.x % 128, lane = threadIdx.x % 32, barrier = kGroupBarrier + group;
+  const int group, barrier = kGroupBarrier + group;
+  const uint32_t thread = thread_of_warpgroup();
   QRing q_ring;
   KvRing ring;
   int num_outputs = 0;  // chunks
@@ -355,7 +357,7 @@ struct Group {
   Giver giver;            // to the slopes warpgroup
   uint32_t primal[4][4];  // of a chunk, columns of the array that o is the gradient of
   float mean;             // of slopes_sm90.cuh
-  double slopes_sum = 0;  // of its products with what comes from the chunks in front, times tokens
+  LongSum slopes_sum;     // of its products with what comes from the chunks in front, times tokens
 
   __device__ __forceinline__ void set_decay(double slope) {
     if constexpr (kSlopes) mean = mean_position(slope, args.seqlen);
@@ -363,11 +365,12 @@ struct Group {
     named_barrier(barrier, 128);
     if (thread < kChunk) {
       const float scale = static_cast<float>(args.scale);
+      const int token = thread;
       if constexpr (kReversed) {
-        shared.o_decay[group][0][thread] = power(kChunk - 1 - thread);
-        shared.o_decay[group][1][thread] = power(max((args.seqlen - 1) % kChunk - thread, 0));
+        shared.o_decay[group][0][token] = power(kChunk - 1 - token);
+        shared.o_decay[group][1][token] = power(max((args.seqlen - 1) % kChunk - token, 0));
       } else {
-        shared.o_decay[group][0][thread] = scale * power(thread + 1);
+        shared.o_decay[group][0][token] = scale * power(token + 1);
       }
       fill<kReversed ? kFromStart : kToEnd>(shared.decay[group], thread, slope, scale, args.seqlen);
     }
@@ -389,7 +392,7 @@ struct Group {
   // v of the ring's chunk.
   __device__ __forceinline__ void take_v(LoadedV& v, const KvRing& ring, int num_tokens_left) {
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    load_v(v, shared.v[ring.stage][group], shared.decay[group], has_end(num_tokens_left));
+    load_v(v, shared.v[ring.stage][group], shared.decay[group], has_end(num_tokens_left), thread);
   }
 
   // v of the chunk behind the ring's. Behind the last that chunk's again, for nothing: ptxas gives up overlapping
@@ -402,8 +405,8 @@ struct Group {
 
   // The whole state in front of a chunk, to the slopes warpgroup.
   __device__ __forceinline__ void give_state() {
-    if constexpr (kTwoParts) giver.give<Back>(shared, state, units);
-    giver.give<Front>(shared, state, units);
+    if constexpr (kTwoParts) giver.give<Back>(shared, state, units, thread);
+    giver.give<Front>(shared, state, units, thread);
   }
 
   // The state of a segment alone. While products of a chunk are under way, v of the next is made.
@@ -464,7 +467,7 @@ struct Group {
     const float* first = shared.o_decay[group][kReversed && has_end(num_tokens_left)];
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
-      decay[pair] = *reinterpret_cast<const float2*>(&first[pair * 8 + lane % 4 * 2]);
+      decay[pair] = *reinterpret_cast<const float2*>(&first[pair * 8 + thread % 4 * 2]);
     }
   }
 
@@ -476,7 +479,7 @@ struct Group {
       float2 x = unpack<kBfloat16>(primal[i / 2][i % 2 * 2]), y = unpack<kBfloat16>(primal[i / 2][i % 2 * 2 + 1]);
       float number[2] = {x.x * o[i * 4] + y.x * o[i * 4 + 2], x.y * o[i * 4 + 1] + y.y * o[i * 4 + 3]};
       if constexpr (!kBfloat16) {
-        const float* units = shared.p_units[num_outputs % 2].unit + i * 8 + lane % 4 * 2;
+        const float* units = shared.p_units[num_outputs % 2].unit + i * 8 + thread % 4 * 2;
         for (int j = 0; j < 2; j++) number[j] *= units[j];
       }
 #pragma unroll
@@ -485,8 +488,8 @@ struct Group {
         weighed[j] += (i * 8 + j + 1) * number[j];
       }
     }
-    float sum = weighed[0] + weighed[1] + (lane % 4 * 2 - mean) * (sums[0] + sums[1]);
-    slopes_sum += static_cast<double>(sum);
+    float sum = weighed[0] + weighed[1] + (thread % 4 * 2 - mean) * (sums[0] + sums[1]);
+    slopes_sum.add(sum);
   }
 
   // o = scale decay^(i+1) o, when P is there, whose units it gets.
@@ -495,7 +498,7 @@ struct Group {
     mbarrier_wait(shared.p_full[buffer], num_outputs / 2 % 2);
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
-      int token = pair * 8 + lane % 4 * 2;
+      int token = pair * 8 + thread % 4 * 2;
       float2 factor = decay[pair];
       if constexpr (!kBfloat16) {
         float2 to_unit = *reinterpret_cast<const float2*>(&shared.p_units[buffer].to_unit[token]);
@@ -531,7 +534,7 @@ struct Group {
     if constexpr (!kBfloat16) {
 #pragma unroll
       for (int pair = 0; pair < 8; pair++) {
-        float2 unit = *reinterpret_cast<const float2*>(&shared.p_units[buffer].unit[pair * 8 + lane % 4 * 2]);
+        float2 unit = *reinterpret_cast<const float2*>(&shared.p_units[buffer].unit[pair * 8 + thread % 4 * 2]);
         o[pair * 4] *= unit.x;
         o[pair * 4 + 1] *= unit.y;
         o[pair * 4 + 2] *= unit.x;
@@ -539,7 +542,7 @@ struct Group {
       }
     }
     __syncwarp();
-    if (lane == 0) {
+    if (elect_lane()) {
       if constexpr (kPCluster == 1) {
         mbarrier_arrive(shared.p_empty[buffer]);
       } else {
@@ -549,7 +552,7 @@ struct Group {
     int o_buffer = num_outputs % kOutputBuffers;
     mbarrier_wait(shared.o_empty[group][o_buffer], num_outputs / kOutputBuffers % 2 ^ 1);
     num_outputs++;
-    store_outputs(shared.o[group][o_buffer], o);
+    store_outputs(shared.o[group][o_buffer], o, thread);
     fence_proxy_async();
     arrive(shared.o_full[group][o_buffer]);
   }
@@ -559,7 +562,7 @@ struct Group {
     if constexpr (!kTwoParts || !kBfloat16) wgmma_wait<0>();  // float16 needs to know the largest of all ST
     o_units = units;
     put_in_range(range_factor, o_units, state);
-    if constexpr (kSlopes && kTwoParts) giver.give<Back>(shared, state, units);
+    if constexpr (kSlopes && kTwoParts) giver.give<Back>(shared, state, units, thread);
     if constexpr (kTwoParts) inter_block<Back, true>(o, range_factor);
   }
 
@@ -570,13 +573,13 @@ struct Group {
   __device__ __forceinline__ void complete(float (&o)[32], const float (&range_factor)[2], const RowUnits& o_units,
                                            LoadedV& loaded, float2 (&o_decay)[8], int num_tokens_left) {
     DecayedV v;
-    if constexpr (kSlopes) giver.give<Front>(shared, state, units);
+    if constexpr (kSlopes) giver.give<Front>(shared, state, units, thread);
     inter_block<Front, !kTwoParts>(o, range_factor);
     if constexpr (!kEarly) {
       take_v(loaded, ring, num_tokens_left);
       load_o_decay(o_decay, num_tokens_left);
     }
-    if constexpr (kSlopes) load_columns(primal, shared.v[ring.stage][kGroups + group]);
+    if constexpr (kSlopes) load_columns(primal, shared.v[ring.stage][kGroups + group], thread);
     if constexpr (kTwoParts) {
       decay_v(v, units, loaded);
       scale_state(Back::of(state), v.state_factor);
@@ -670,11 +673,12 @@ __device__ __forceinline__ void attend(Shared& shared, const HopperArgs& args, c
         store_final_state(group.state, group.units, arrays, pass.batch_idx, pass.head_idx, group.first_v(pass));
       }
       if constexpr (kSlopes) {
+        double sum = group.slopes_sum.value();
         if (args.dstate != nullptr && schedule.is_last()) {
-          group.slopes_sum += (group.mean - 1) * times_dstate(group.state, group.units, args, pass);
+          sum += (group.mean - 1) * times_dstate(group.state, group.units, args, pass);
         }
-        store_partial(schedule, pass, threadIdx.x % 128 / 32, group.slopes_sum);
-        group.slopes_sum = 0;
+        store_partial(schedule, pass, threadIdx.x % 128 / 32, sum);
+        group.slopes_sum = {};
       }
     } else if constexpr (kSplit) {
       group.add_segment(pass);
@@ -763,7 +767,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     if constexpr (kSlopes) sum_slopes(shared, args, schedule);
   } else {
     increase_registers<kRegisters.group>();
-    attend(shared, args, schedule, warpgroup - 2);
+    attend(shared, args, schedule, kGroups == 1 ? 0 : warpgroup - 2);
   }
   if constexpr (kBlocks > 1) {
     __syncwarp();

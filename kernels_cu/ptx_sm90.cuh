@@ -68,6 +68,22 @@ __device__ __forceinline__ void copy_to(uint32_t rank, const void* shared, uint3
                : "memory");
 }
 
+// PTX 9.7.13.16: true for one lane of the warp, all of which wait for each other here; which is quicker than to ask for
+// the thread's number.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred is_elected;\n"
+      "elect.sync _|is_elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, is_elected;\n"
+      "}"
+      : "=r"(elected)
+      :
+      : "memory");
+  return elected != 0;
+}
+
 // PTX 9.7.13.1: a barrier of some warps; ids from 1, since 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");

@@ -13,7 +13,7 @@ struct Registers {
   int producer, scores, group, slopes;
 };
 constexpr Registers kWithSlopes = !kTwoParts ? Registers{40, 112, 200, 160}
-                                  : kBfloat16 ? Registers{32, 96, 208, 176} : Registers{24, 96, 208, 184};
+                                  : kBfloat16 ? Registers{24, 96, 200, 192} : Registers{24, 96, 208, 184};
 constexpr Registers kRegisters = kSlopes ? kWithSlopes
                                  : kGroups == 2 ? Registers{40, 72, 200, 0} : Registers{72, 128, 256, 0};
 static_assert(128 * (kRegisters.producer + kRegisters.scores + kGroups * kRegisters.group + kRegisters.slopes) <= 65536,
@@ -79,18 +79,25 @@ __device__ __forceinline__ ForSlopes& for_slopes(Shared& shared) { return reinte
 // All lanes of a warp have done what others wait for.
 __device__ __forceinline__ void arrive(uint64_t& barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  if (elect_lane()) mbarrier_arrive(barrier);
 }
 
-// One warp has used a stage: the first lanes tell the blocks of the cluster.
+// One warp has used a stage: it tells the blocks of the cluster.
 __device__ __forceinline__ void release(uint64_t& empty) {
-  int lane = threadIdx.x % 32;
-  if constexpr (kCluster == 1) {
-    if (lane == 0) mbarrier_arrive(empty);
-  } else {
-    __syncwarp();
-    if (lane < kCluster) mbarrier_arrive_at(lane, empty);
+  __syncwarp();
+  if (elect_lane()) {
+    if constexpr (kCluster == 1) {
+      mbarrier_arrive(empty);
+    } else {
+      for (int rank = 0; rank < kCluster; rank++) mbarrier_arrive_at(rank, empty);
+    }
   }
+}
+
+// The number of this thread in its warpgroup, by all of a warp: as from another lane, so that it stays in a register.
+// ptxas would read what it knows to be from threadIdx again each time, and wait for that.
+__device__ __forceinline__ uint32_t thread_of_warpgroup() {
+  return __shfl_sync(0xffffffffu, threadIdx.x % 128, threadIdx.x % 32);
 }
 
 // How many tokens the row of an element of an accumulator of 64 columns is behind its column.

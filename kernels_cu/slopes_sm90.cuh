@@ -26,6 +26,18 @@ __device__ __forceinline__ float mean_position(double slope, int seqlen) {
   return slope > 0 ? mean : n + 1 - mean;
 }
 
+// A sum of many floats, as exact as one in double, whose additions would wait for the tensor cores: they share a pipe.
+struct LongSum {
+  float sum = 0, rest = 0;
+
+  __device__ __forceinline__ void add(float x) {
+    float new_sum = sum + x, added = new_sum - sum;
+    rest += (sum - (new_sum - added)) + (x - added);
+    sum = new_sum;
+  }
+  __device__ __forceinline__ double value() const { return static_cast<double>(sum) + rest; }
+};
+
 // The scores warpgroup's part, of two tokens in one chunk: begin rows of q times rows of k.
 __device__ __forceinline__ void multiply_rows(float (&products)[32], Tile& q, Tile& k) {
   wgmma_fence();
@@ -37,7 +49,7 @@ __device__ __forceinline__ void multiply_rows(float (&products)[32], Tile& q, Ti
   wgmma_commit();
 }
 // Their sum, times P and distances, of which only the first is not constant: or they would take 32 registers.
-__device__ __forceinline__ double sum_aged(const float (&p)[32], const RowUnits& p_units, const float (&products)[32]) {
+__device__ __forceinline__ float sum_aged(const float (&p)[32], const RowUnits& p_units, const float (&products)[32]) {
   float sums[2] = {}, weighed[2] = {};  // of the two rows
 #pragma unroll
   for (int i = 0; i < 32; i++) {
@@ -64,30 +76,21 @@ __device__ __forceinline__ void store_partial(const Schedule& schedule, const Pa
   for (int idx = size; idx < args.max_members; idx++) partials[idx * kSummingWarps] = 0;
 }
 
-// This warp's columns of a tile, transposed, in the places that an accumulator has them.
-__device__ __forceinline__ void load_columns(uint32_t (&columns)[4][4], Tile& tile) {
-  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int pair = 0; pair < 4; pair++) {  // of 8 tokens
-    ldmatrix_x4_trans(columns[pair], swizzled(tile, pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-  }
-}
-
 // The group's side: hands over S in front of a chunk, a part at a time.
 struct Giver {
   Ring<kHandedOver> ring;
 
   template <class Part>
-  __device__ __forceinline__ void give(Shared& shared, State& state, const RowUnits& units) {
+  __device__ __forceinline__ void give(Shared& shared, State& state, const RowUnits& units, uint32_t thread) {
     ForSlopes& to = for_slopes(shared);
     const float* x = Part::of(state);
     mbarrier_wait(to.empty[ring.stage], ring.parity() ^ 1);
 #pragma unroll
     for (int quad = 0; quad < Part::kDim / 8; quad++) {
-      to.states[ring.stage][quad][threadIdx.x % 128] =
+      to.states[ring.stage][quad][thread] =
           float4{x[quad * 4], x[quad * 4 + 1], x[quad * 4 + 2], x[quad * 4 + 3]};
     }
-    if constexpr (!kBfloat16) to.units[ring.stage][threadIdx.x % 128] = units;
+    if constexpr (!kBfloat16) to.units[ring.stage][thread] = units;
     arrive(to.full[ring.stage]);
     ring.advance();
   }
@@ -118,11 +121,11 @@ constexpr bool kRoundedV = kTwoParts;
 struct Aging {
   Shared& shared;
   const HopperArgs& args;
-  const int thread = threadIdx.x % 128, warp = threadIdx.x % 128 / 32;
+  const uint32_t thread = thread_of_warpgroup();
   QRing q_ring;
   KvRing ring;
   Ring<kHandedOver> state_ring;
-  double total;
+  LongSum total;
   float mean;
   State aged;
   RowUnits units;
@@ -150,14 +153,18 @@ struct Aging {
   __device__ __forceinline__ void take_v(DecayedV& v, int num_tokens) {
     LoadedV loaded;
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    load_v(loaded, shared.v[ring.stage][0], for_slopes(shared).decay_of_v, num_tokens < kChunk);
+    load_v(loaded, shared.v[ring.stage][0], for_slopes(shared).decay_of_v, num_tokens < kChunk, thread);
     decay_v(v, units, loaded);
   }
 
-  // Wait for the next part of S; what its rows are to be multiplied by to have the units of T.
-  __device__ __forceinline__ RowUnits wait_for_part() const {
-    const ForSlopes& from = for_slopes(shared);
+  // For the next part of S.
+  __device__ __forceinline__ void wait_for_part() const {
     mbarrier_wait(for_slopes(shared).full[state_ring.stage], state_ring.parity());
+  }
+
+  // What the rows of the next part are to be multiplied by to have the units of T.
+  __device__ __forceinline__ RowUnits ratio_of_part() const {
+    const ForSlopes& from = for_slopes(shared);
     RowUnits ratio;
     if constexpr (!kBfloat16) {
       for (int half = 0; half < 2; half++) {
@@ -167,10 +174,10 @@ struct Aging {
     return ratio;
   }
 
-  // A part of T becomes T + n S. The sum of its products with T + (m + m') S, if there are any.
+  // A part of T becomes T + n S, which is there. The sum of its products with T + (m + m') S, if there are any.
   template <class Part, bool kSum = true>
   __device__ __forceinline__ float age(int num_tokens, const float (&products)[32] = {}, const RowUnits& q_units = {}) {
-    const RowUnits ratio = wait_for_part();
+    const RowUnits ratio = ratio_of_part();
     const float4(&part)[8][128] = for_slopes(shared).states[state_ring.stage];
     const float means = kSum ? 2 * mean - 1 : 0;
     float* t = Part::of(aged);
@@ -201,7 +208,7 @@ struct Aging {
   }
 
   __device__ __forceinline__ void skip_part() {
-    mbarrier_wait(for_slopes(shared).full[state_ring.stage], state_ring.parity());
+    wait_for_part();
     give_back();
   }
 
@@ -224,7 +231,7 @@ struct Aging {
 
   __device__ __forceinline__ void take_q(LoadedV& loaded, const KvRing& ring) {
     mbarrier_wait(shared.v_full[ring.stage], ring.parity());
-    load_v(loaded, shared.v[ring.stage][1], for_slopes(shared).decay_of_q, 0);
+    load_v(loaded, shared.v[ring.stage][1], for_slopes(shared).decay_of_q, 0, thread);
   }
 
   // NOTE: as in compute_outputs, what ptxas wants to overlap products. q of the next chunk is loaded in front of
@@ -240,6 +247,8 @@ struct Aging {
       DecayedV q;
       if constexpr (kQkDim < 128) wgmma_wait<0>();
       decay_v(q, {}, loaded);
+      q.stay();
+      if (num_tokens_left > 0) mbarrier_wait(shared.q_full[q_ring.stage], q_ring.parity());
       wgmma_wait<0>();
       if (used_stage >= 0) release(shared.kv_empty[used_stage]);
       used_stage = ring.stage;
@@ -248,20 +257,21 @@ struct Aging {
         break;
       }
       const int num_tokens = min(num_tokens_left, kChunk);
-      mbarrier_wait(shared.q_full[q_ring.stage], q_ring.parity());
       float sum = 0, products[32];  // these for both parts, or ptxas does not find the registers
       if constexpr (kTwoParts) {
         multiply<Back>(products, q);
+        wait_for_part();
         wgmma_wait<0>();
         sum += age<Back>(num_tokens, products, q.units);
       }
       multiply<Front>(products, q);
+      wait_for_part();
       wgmma_wait<0>();
       release(shared.q_empty[q_ring.stage]);
       DecayedV v;
       if constexpr (!kTwoParts) take_v(v, num_tokens);  // early, where registers suffice
       sum += age<Front>(num_tokens, products, q.units);
-      total += static_cast<double>(sum);
+      total.add(sum);
       // Behind the last chunk that one's again, for nothing.
       KvRing next = ring;
       num_tokens_left -= kChunk;
@@ -276,7 +286,11 @@ struct Aging {
   __device__ __forceinline__ void add_segment(const Pass& pass) {
     for (int num_tokens_left = pass.num_tokens; num_tokens_left > 0; num_tokens_left -= kChunk) {
       int stage = ring.stage;
-      if constexpr (kTwoParts) age<Back, false>(kChunk);
+      if constexpr (kTwoParts) {
+        wait_for_part();
+        age<Back, false>(kChunk);
+      }
+      wait_for_part();
       age<Front, false>(kChunk);
       DecayedV v;
       take_v(v, kChunk);
@@ -300,12 +314,11 @@ __device__ __forceinline__ void sum_slopes(Shared& shared, const HopperArgs& arg
     float* states = states_of(schedule, idx / 2) + (schedule.team.size - 1) * kStateSize;
     if (pass.outputs) {
       if (kSplit && !is_pair && member > 0) load_segment(aging.aged, aging.units, states + (member - 1) * kStateSize);
-      aging.total = 0;
+      aging.total = {};
       aging.sum_outputs(pass);
-      if (args.dstate != nullptr && schedule.is_last()) {
-        aging.total += times_dstate(aging.aged, aging.units, args, pass);
-      }
-      store_partial(schedule, pass, 8 + aging.warp, aging.total);
+      double total = aging.total.value();
+      if (args.dstate != nullptr && schedule.is_last()) total += times_dstate(aging.aged, aging.units, args, pass);
+      store_partial(schedule, pass, 8 + aging.thread / 32, total);
     } else if constexpr (kSplit) {
       aging.add_segment(pass);
       if (is_pair) continue;

@@ -104,14 +104,22 @@ struct LoadedV {
   float state_decay, growth;
 };
 
+// A warp's 16 columns of a tile, transposed, as an accumulator and a left operand have them; `thread` is the
+// warpgroup's.
+__device__ __forceinline__ void load_columns(uint32_t (&columns)[4][4], Tile& tile, uint32_t thread) {
+  int warp = thread / 32, lane = thread % 32;
+#pragma unroll
+  for (int step = 0; step < 4; step++) {  // of 16 tokens
+    ldmatrix_x4_trans(columns[step], swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
+  }
+}
+
 // `which` is 1 for the chunk with the end of a sequence.
-__device__ __forceinline__ void load_v(LoadedV& result, Tile& tile, const Decay& decay, int which) {
-  int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_v(LoadedV& result, Tile& tile, const Decay& decay, int which, uint32_t thread) {
+  load_columns(result.v, tile, thread);
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    ldmatrix_x4_trans(result.v[step],
-                      swizzled(tile, step * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-    for (int i = 0; i < 2; i++) result.decay[step][i] = decay.v[which][step * 8 + i * 4 + lane % 4];
+    for (int i = 0; i < 2; i++) result.decay[step][i] = decay.v[which][step * 8 + i * 4 + thread % 4];
   }
   result.state_decay = decay.state[which];
   result.growth = decay.v_growth[which];
@@ -123,6 +131,15 @@ struct DecayedV {
   uint32_t high[4][4], low[4][4];
   float state_factor[2];
   RowUnits units;
+
+  // They are made here, and not behind what comes next.
+  __device__ __forceinline__ void stay() {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      forget_origin(high[i / 4][i % 4]);
+      forget_origin(low[i / 4][i % 4]);
+    }
+  }
 };
 
 // For a state that has other units.

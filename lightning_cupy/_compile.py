@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,13 @@ def arch_name(compute_capability: int) -> str:
     return f"{compute_capability}a" if compute_capability >= _ARCH_SPECIFIC else str(compute_capability)
 
 
+# From NVRTC 13.0 where several threads are the first to compile: its library of built-ins opens for one, but may fail
+# to for others. These try again, one by one, when it is open.
+_NOT_OPEN = "NVRTC_ERROR_BUILTIN_OPERATION_FAILURE"
+_opening = threading.Lock()
+_NUM_TRIES, _S_BEFORE_RETRY = 3, 0.1
+
+
 def compile_cubin(file: str, constants: Constants, compute_capability: int) -> tuple[bytes, str]:
     """Compile ``kernels_cu/<file>`` with NVRTC; no GPU is needed.
 
@@ -90,25 +98,31 @@ def compile_cubin(file: str, constants: Constants, compute_capability: int) -> t
     from cupy.cuda import nvrtc
 
     path = kernels_dir() / file
-    program = nvrtc.createProgram(path.read_text(encoding="utf-8"), str(path), (), ())
+    source = path.read_text(encoding="utf-8")
     options = (
         f"--gpu-architecture=sm_{arch_name(compute_capability)}",
         f"-I{path.parent}",
         *_OPTIONS,
         *(f"-D{name}={value}" for name, value in constants),
     )
-    try:
-        nvrtc.compileProgram(program, options)
-        # NOTE: CuPy leaves out the last byte, as if it ended a string; the driver does not mind, disassemblers do.
-        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
-    except nvrtc.NVRTCError as error:
-        major, minor = nvrtc.getVersion()
-        raise RuntimeError(
-            f"NVRTC {major}.{minor} did not compile {file} for sm_{arch_name(compute_capability)}: {error}\n"
-            f"{' '.join(options)}\n{nvrtc.getProgramLog(program)}"
-        ) from error
-    finally:
-        nvrtc.destroyProgram(program)
+    for is_last in (*[False] * (_NUM_TRIES - 1), True):
+        program = nvrtc.createProgram(source, str(path), (), ())
+        try:
+            nvrtc.compileProgram(program, options)
+            # NOTE: CuPy leaves out the last byte, as if it ended a string; the driver does not mind, disassemblers do.
+            return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
+        except nvrtc.NVRTCError as error:
+            if is_last or _NOT_OPEN not in str(error):
+                major, minor = nvrtc.getVersion()
+                raise RuntimeError(
+                    f"NVRTC {major}.{minor} did not compile {file} for sm_{arch_name(compute_capability)}: {error}\n"
+                    f"{' '.join(options)}\n{nvrtc.getProgramLog(program)}"
+                ) from error
+        finally:
+            nvrtc.destroyProgram(program)
+        with _opening:
+            time.sleep(_S_BEFORE_RETRY)
+    raise AssertionError("the last try returns or raises")
 
 
 @functools.cache

@@ -324,3 +324,23 @@ def test_threads_load_a_kernel_once(monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         kernels = set(pool.map(ask, range(8)))
     assert len(loads) == len(kernels) == 1
+
+
+def test_threads_may_be_the_first_to_compile():
+    # NVRTC 13.0 fails in most of such processes where nothing keeps its first compilation to one thread.
+    code = (
+        "import concurrent.futures, threading\n"
+        "from lightning_cupy import _compile\n"
+        "from test_compile import SCAN\n"
+        "start = threading.Barrier(4)\n"
+        "def work(_):\n"
+        "    start.wait()\n"
+        "    return len(_compile.compile_cubin('scan.cu', SCAN.constants, 90)[0])\n"
+        "with concurrent.futures.ThreadPoolExecutor(4) as pool:\n"
+        "    print(set(pool.map(work, range(4))))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    for _ in range(3):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
