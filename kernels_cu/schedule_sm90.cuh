@@ -12,8 +12,9 @@ constexpr int kThreads = 128 * (2 + kGroups + kSlopes), kPBuffers = 2;
 struct Registers {
   int producer, scores, group, slopes;
 };
-constexpr Registers kWithSlopes = !kTwoParts ? Registers{40, 112, 200, 160}
-                                  : kBfloat16 ? Registers{24, 96, 200, 192} : Registers{24, 96, 208, 184};
+constexpr Registers kOfOnePart = kSplit ? Registers{32, 112, 208, 160} : Registers{40, 112, 200, 160};
+constexpr Registers kOfTwoParts = kBfloat16 && !kSplit ? Registers{24, 96, 200, 192} : Registers{24, 96, 208, 184};
+constexpr Registers kWithSlopes = kTwoParts ? kOfTwoParts : kOfOnePart;
 constexpr Registers kRegisters = kSlopes ? kWithSlopes
                                  : kGroups == 2 ? Registers{40, 72, 200, 0} : Registers{72, 128, 256, 0};
 static_assert(128 * (kRegisters.producer + kRegisters.scores + kGroups * kRegisters.group + kRegisters.slopes) <= 65536,
