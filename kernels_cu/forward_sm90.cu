@@ -347,7 +347,7 @@ struct Group {
   Shared& shared;
   const HopperArgs& args;
   const int group, barrier = kGroupBarrier + group;
-  const uint32_t thread = thread_of_warpgroup();
+  const uint32_t thread = kAsksOnce ? kept_thread() : threadIdx.x % 128;
   QRing q_ring;
   KvRing ring;
   int num_outputs = 0;  // chunks
@@ -542,7 +542,7 @@ struct Group {
       }
     }
     __syncwarp();
-    if (elect_lane()) {
+    if (is_first()) {
       if constexpr (kPCluster == 1) {
         mbarrier_arrive(shared.p_empty[buffer]);
       } else {

@@ -77,28 +77,36 @@ struct Shared : InFront<kSlopes> {
 static_assert(sizeof(Shared) <= SMEM_BYTES, "forward_sm90.py: smem_bytes is smaller than Shared");
 __device__ __forceinline__ ForSlopes& for_slopes(Shared& shared) { return reinterpret_cast<ForSlopes&>(shared); }
 
+// To ask for threadIdx takes as long as a product or two, and ptxas does so again wherever it is used, to save a
+// register. So one lane is elected, and a thread's number is kept; but not where that would make ptxas spill.
+constexpr bool kAsksOnce = kSlopes || (!kSplit && kQkDim < 256);
+
+// One lane of a warp, by all of it.
+__device__ __forceinline__ bool is_first() {
+  if constexpr (kAsksOnce) return elect_lane();
+  return threadIdx.x % 32 == 0;
+}
+
+// The number of this thread in its warpgroup, by all of a warp: as from another lane, so that ptxas does not know it.
+__device__ __forceinline__ uint32_t kept_thread() {
+  return __shfl_sync(0xffffffffu, threadIdx.x % 128, threadIdx.x % 32);
+}
+
 // All lanes of a warp have done what others wait for.
 __device__ __forceinline__ void arrive(uint64_t& barrier) {
   __syncwarp();
-  if (elect_lane()) mbarrier_arrive(barrier);
+  if (is_first()) mbarrier_arrive(barrier);
 }
 
 // One warp has used a stage: it tells the blocks of the cluster.
 __device__ __forceinline__ void release(uint64_t& empty) {
-  __syncwarp();
-  if (elect_lane()) {
-    if constexpr (kCluster == 1) {
-      mbarrier_arrive(empty);
-    } else {
-      for (int rank = 0; rank < kCluster; rank++) mbarrier_arrive_at(rank, empty);
-    }
+  if constexpr (kCluster == 1) {
+    if (is_first()) mbarrier_arrive(empty);
+  } else {
+    __syncwarp();
+    if (!is_first()) return;
+    for (int rank = 0; rank < kCluster; rank++) mbarrier_arrive_at(rank, empty);
   }
-}
-
-// The number of this thread in its warpgroup, by all of a warp: as from another lane, so that it stays in a register.
-// ptxas would read what it knows to be from threadIdx again each time, and wait for that.
-__device__ __forceinline__ uint32_t thread_of_warpgroup() {
-  return __shfl_sync(0xffffffffu, threadIdx.x % 128, threadIdx.x % 32);
 }
 
 // How many tokens the row of an element of an accumulator of 64 columns is behind its column.

@@ -121,7 +121,7 @@ constexpr bool kRoundedV = kTwoParts;
 struct Aging {
   Shared& shared;
   const HopperArgs& args;
-  const uint32_t thread = thread_of_warpgroup();
+  const uint32_t thread = kept_thread();
   QRing q_ring;
   KvRing ring;
   Ring<kHandedOver> state_ring;
