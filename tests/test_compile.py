@@ -344,3 +344,30 @@ def test_threads_may_be_the_first_to_compile():
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+def test_compiles_again_where_nvrtc_could_not_open_its_library(monkeypatch):
+    from cupy.cuda import nvrtc
+
+    compile_program, failures, tries = nvrtc.compileProgram, [nvrtc.NVRTCError(7)], []
+
+    def compile_or_fail(program, options):
+        tries.append(program)
+        if failures:
+            raise failures.pop()
+        return compile_program(program, options)
+
+    monkeypatch.setattr(nvrtc, "compileProgram", compile_or_fail)
+    cubin, _ = _compile.compile_cubin("scan.cu", SCAN.constants, 80)
+    assert cubin.startswith(b"\x7fELF")
+    assert len(tries) == 2
+
+    failures += [nvrtc.NVRTCError(7)] * 10
+    with pytest.raises(RuntimeError, match="BUILTIN_OPERATION_FAILURE"):
+        _compile.compile_cubin("scan.cu", SCAN.constants, 80)
+    assert len(failures) == 7, "it gives up in the end"
+
+    failures[:] = [nvrtc.NVRTCError(6)] * 10
+    with pytest.raises(RuntimeError, match="COMPILATION"):
+        _compile.compile_cubin("scan.cu", SCAN.constants, 80)
+    assert len(failures) == 9, "what does not compile is not tried again"
