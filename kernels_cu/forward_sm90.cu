@@ -767,7 +767,8 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     if constexpr (kSlopes) sum_slopes(shared, args, schedule);
   } else {
     increase_registers<kRegisters.group>();
-    attend(shared, args, schedule, kGroups == 1 ? 0 : warpgroup - 2);
+    constexpr bool kIsOnlyOne = kGroups == 1 && (kAsksOnce || !kSlopes);  // else ptxas would spill more
+    attend(shared, args, schedule, kIsOnlyOne ? 0 : warpgroup - 2);
   }
   if constexpr (kBlocks > 1) {
     __syncwarp();

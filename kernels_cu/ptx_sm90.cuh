@@ -68,7 +68,7 @@ __device__ __forceinline__ void copy_to(uint32_t rank, const void* shared, uint3
                : "memory");
 }
 
-// PTX 9.7.13.16: true for one lane of the warp, all of which wait for each other here; which is quicker than to ask for
+// PTX 9.7.13.14: true for one lane of the warp, all of which wait for each other here; which is quicker than to ask for
 // the thread's number.
 __device__ __forceinline__ bool elect_lane() {
   uint32_t elected;

@@ -13,7 +13,8 @@ struct Registers {
   int producer, scores, group, slopes;
 };
 constexpr Registers kOfOnePart = kSplit ? Registers{32, 112, 208, 160} : Registers{40, 112, 200, 160};
-constexpr Registers kOfTwoParts = kBfloat16 && !kSplit ? Registers{24, 96, 200, 192} : Registers{24, 96, 208, 184};
+constexpr Registers kOfTwoParts = kSplit ? Registers{24, 96, 208, 184}
+                                  : kBfloat16 ? Registers{32, 96, 200, 184} : Registers{24, 96, 200, 192};
 constexpr Registers kWithSlopes = kTwoParts ? kOfTwoParts : kOfOnePart;
 constexpr Registers kRegisters = kSlopes ? kWithSlopes
                                  : kGroups == 2 ? Registers{40, 72, 200, 0} : Registers{72, 128, 256, 0};
@@ -79,7 +80,7 @@ __device__ __forceinline__ ForSlopes& for_slopes(Shared& shared) { return reinte
 
 // To ask for threadIdx takes as long as a product or two, and ptxas does so again wherever it is used, to save a
 // register. So one lane is elected, and a thread's number is kept; but not where that would make ptxas spill.
-constexpr bool kAsksOnce = kSlopes || (!kSplit && kQkDim < 256);
+constexpr bool kAsksOnce = kSlopes ? kBfloat16 || !kTwoParts : !kSplit && kQkDim < 256;
 
 // One lane of a warp, by all of it.
 __device__ __forceinline__ bool is_first() {

@@ -45,8 +45,8 @@ def accepted_spills(plan: Plan) -> int:
         return 64 if plan.v_groups == 2 else 0
     if isinstance(plan, forward_sm90.HopperPlan) and plan.slopes:
         if not plan.split:
-            return {("float16", 128): 88, ("bfloat16", 128): 20}.get((plan.dtype, plan.qk_dim), 0)
-        return {("float16", 128): 216, ("bfloat16", 128): 40}.get((plan.dtype, plan.qk_dim), 0)
+            return {("float16", 128): 44, ("bfloat16", 128): 8}.get((plan.dtype, plan.qk_dim), 0)
+        return {("float16", 128): 204, ("bfloat16", 128): 40}.get((plan.dtype, plan.qk_dim), 0)
     if isinstance(plan, forward_sm90.HopperPlan) and plan.split:
         if plan.dtype == "float16" and plan.qk_dim == 256:
             return 76 if plan.in_reverse else 72
@@ -327,7 +327,7 @@ def test_threads_load_a_kernel_once(monkeypatch):
 
 
 def test_threads_may_be_the_first_to_compile():
-    # NVRTC 13.0 fails in most of such processes where nothing keeps its first compilation to one thread.
+    # In about half of such processes NVRTC 13.0 fails at first; 12.9 does not.
     code = (
         "import concurrent.futures, threading\n"
         "from lightning_cupy import _compile\n"
