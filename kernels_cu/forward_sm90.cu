@@ -347,7 +347,7 @@ struct Group {
   Shared& shared;
   const HopperArgs& args;
   const int group, barrier = kGroupBarrier + group;
-  const uint32_t thread = kAsksOnce ? kept_thread() : threadIdx.x % 128;
+  const uint32_t thread = kKeepsThread ? kept_thread() : threadIdx.x % 128;
   QRing q_ring;
   KvRing ring;
   int num_outputs = 0;  // chunks
@@ -767,7 +767,7 @@ extern "C" __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kTh
     if constexpr (kSlopes) sum_slopes(shared, args, schedule);
   } else {
     increase_registers<kRegisters.group>();
-    constexpr bool kIsOnlyOne = kGroups == 1 && (kAsksOnce || !kSlopes);  // else ptxas would spill more
+    constexpr bool kIsOnlyOne = kGroups == 1 && (kKeepsThread || kSplit || !kSlopes);  // else ptxas would spill more
     attend(shared, args, schedule, kIsOnlyOne ? 0 : warpgroup - 2);
   }
   if constexpr (kBlocks > 1) {

@@ -80,11 +80,12 @@ __device__ __forceinline__ ForSlopes& for_slopes(Shared& shared) { return reinte
 
 // To ask for threadIdx takes as long as a product or two, and ptxas does so again wherever it is used, to save a
 // register. So one lane is elected, and a thread's number is kept; but not where that would make ptxas spill.
-constexpr bool kAsksOnce = kSlopes ? kBfloat16 || !kTwoParts : !kSplit && kQkDim < 256;
+constexpr bool kElects = kSlopes || (!kSplit && kQkDim < 256);
+constexpr bool kKeepsThread = kElects && !(kSlopes && kTwoParts && !kBfloat16);
 
 // One lane of a warp, by all of it.
 __device__ __forceinline__ bool is_first() {
-  if constexpr (kAsksOnce) return elect_lane();
+  if constexpr (kElects) return elect_lane();
   return threadIdx.x % 32 == 0;
 }
 

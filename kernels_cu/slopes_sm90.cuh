@@ -121,7 +121,7 @@ constexpr bool kRoundedV = kTwoParts;
 struct Aging {
   Shared& shared;
   const HopperArgs& args;
-  const uint32_t thread = kAsksOnce ? kept_thread() : threadIdx.x % 128;
+  const uint32_t thread = kKeepsThread ? kept_thread() : threadIdx.x % 128;
   QRing q_ring;
   KvRing ring;
   Ring<kHandedOver> state_ring;
